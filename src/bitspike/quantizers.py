@@ -1,0 +1,304 @@
+"""Quantizers: each is an equation, a gradient, a paper, and `codes(w) -> (integers, scale)`.
+
+`forward(w) == integers * scale` exactly, in the dtype of w: rounding gradients are `autograd.Function`s, never the
+detach trick, which leaves values off the grid. "Per channel" is along the first axis of the weight.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SMALLEST = 1e-8  # floor of a learned step: below any weight worth coding, above the denormals
+
+
+def _over_channels(w: Tensor) -> tuple[int, ...]:
+    return tuple(range(1, w.dim()))
+
+
+def _shaped(scale: Tensor, w: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (w.dim() - 1)) if scale.numel() > 1 else scale.view(*[1] * w.dim())
+
+
+class Quantizer(nn.Module):
+    """Base of the weight quantizers: `forward` is the training view, `codes` the deployed one.
+
+    `deploys_as`: the artifact's scheme kind; `bits`: width of one code.
+    """
+
+    deploys_as: str
+    bits: int
+
+    def codes(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [O, ...] -> (int32 codes of the same shape, scale of shape [O] or [1]), detached."""
+        raise TypeError(f"{type(self).__name__} is a base class; use LSQ, PowerOfTwo or Binary.")
+
+
+# --------------------------------------------------------------------------------------------------- LSQ
+class _LSQ(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, scale: Tensor, low: int, high: int, grad_scale: float) -> Tensor:
+        step = _shaped(scale, w).clamp_min(_SMALLEST)
+        ctx.save_for_backward(w, scale)
+        ctx.limits = low, high, grad_scale
+        return (w / step).round_().clamp_(low, high).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        w, scale = ctx.saved_tensors
+        low, high, grad_scale = ctx.limits
+        v = w / _shaped(scale, w).clamp_min(_SMALLEST)
+        inside = (v >= low) & (v <= high)
+        slope = v.round().clamp_(low, high).sub_(v * inside)
+        grad = grads[0] * slope
+        grad = grad.sum(_over_channels(w)) if scale.numel() > 1 else grad.sum().view(scale.shape)
+        return grads[0] * inside, grad * grad_scale, None, None, None
+
+
+class LSQ(Quantizer):
+    """Learned step size, signed k bits.
+
+        codes = clip( round(w / alpha), -2^(k-1), 2^(k-1) - 1 )            round half to even
+        dL/dw = dL/dw_q inside the clip range, 0 outside
+        dL/dalpha = g * sum dL/dw_q * (round(w/alpha) - w/alpha inside; the limit outside),  g = 1/sqrt(numel(w) * Qp)
+    alpha = 2 mean|w| / sqrt(Qp) on the first forward (of training, evaluation or `codes`, whichever comes first), unless
+    it was loaded: the buffer `initialized` is part of the state. Below 1e-8 the step is held at 1e-8, so it stays positive.
+
+    Args: bits 2..8; channels, the number of steps (out-channels, or 1 for one step per tensor); init "tensor" (published:
+    the mean over the whole weight) or "channel". Deploys as: scheme `uniform`, k bits.
+    Source: Esser et al., ICLR 2020; as in QSD-Transformer, which follows Q-ViT. The published code has no guard on alpha.
+
+    >>> q = LSQ(4, channels=1); w = torch.tensor([[-1.0, 0.1, 0.55]])
+    >>> codes, scale = q.codes(w); bool((codes * scale == q(w)).all()), codes.tolist()
+    (True, [[-2, 0, 1]])
+    """
+
+    deploys_as = "uniform"
+
+    def __init__(self, bits: int, channels: int = 1, init: str = "tensor") -> None:
+        super().__init__()
+        if not 2 <= bits <= 8:
+            raise ValueError(f"LSQ: bits={bits}; allowed: 2..8. For one bit use Binary.")
+        self.bits, self.init = bits, init
+        self.low, self.high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def _initialize(self, w: Tensor) -> None:
+        mean = w.abs().mean() if self.init == "tensor" or self.scale.numel() == 1 else w.abs().mean(_over_channels(w))
+        self.scale.copy_((2 * mean / math.sqrt(self.high)).clamp_min(_SMALLEST).expand_as(self.scale))
+        self.initialized.fill_(True)
+
+    def forward(self, w: Tensor) -> Tensor:
+        if not self.initialized:
+            self._initialize(w)
+        return _LSQ.apply(w, self.scale, self.low, self.high, 1 / math.sqrt(w.numel() * self.high))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def codes(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.initialized:
+            self._initialize(w)
+        scale = self.scale.clamp_min(_SMALLEST)
+        return (w / _shaped(scale, w)).round_().clamp_(self.low, self.high).int(), scale.clone()
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, channels={self.scale.numel()}"
+
+
+# ---------------------------------------------------------------------------------------- powers of two
+class _Straight(torch.autograd.Function):
+    """Value of `quantized`, gradient of the identity where `inside`."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, quantized: Tensor, inside: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*(() if inside is None else (inside,)))
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return (grads[0] * ctx.saved_tensors[0] if ctx.saved_tensors else grads[0]), None, None
+
+
+class PowerOfTwo(Quantizer):
+    """Power-of-two quantizer, in both readings of SpikeHQ.
+
+    levels=True (A): the levels are powers of two; k bits = sign and exponent, E = 2^(k-1) - 2:
+        w_q = s * sign(w) * 2^clip(round(log2(|w|/s)), -E, 0),   0 where |w| < s * 2^(-E - 1/2);   s = max|w|
+        codes = sign * 2^(exponent + E), so the deployed scale is s * 2^-E
+    levels=False (B): uniform levels, the step is a power of two (so rescaling is a shift):
+        s = 2^round(log2(2 mean|w| / sqrt(Qp))),   codes = clip(round(w/s), -Qp, Qp),   Qp = 2^(k-1) - 1
+    Gradient: straight through; zero where reading B clips. The scale follows the weights and takes no gradient.
+
+    Args: bits 2..4 (A) or 2..8 (B); per_channel. Deploys as: scheme `pow2` (A) or `uniform` (B).
+    Source: SpikeHQ (arXiv 2412.05505); the source does not decide between the readings, A is the default.
+
+    >>> PowerOfTwo(4).codes(torch.tensor([[1.0, -0.5, 0.02, 0.001]]))[0].tolist()
+    [[64, -32, 1, 0]]
+    """
+
+    def __init__(self, bits: int, levels: bool = True, per_channel: bool = True) -> None:
+        super().__init__()
+        top = 4 if levels else 8
+        if not 2 <= bits <= top:
+            raise ValueError(f"PowerOfTwo(levels={levels}): bits={bits}; allowed: 2..{top}.")
+        self.bits, self.levels, self.per_channel = bits, levels, per_channel
+        self.deploys_as = "pow2" if levels else "uniform"
+
+    @torch.no_grad()
+    def codes(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        axes = _over_channels(w) if self.per_channel else tuple(range(w.dim()))
+        if not self.levels:
+            high = 2 ** (self.bits - 1) - 1
+            mean = w.abs().mean(axes).clamp_min(_SMALLEST).reshape(-1)
+            scale = torch.exp2(torch.round(torch.log2(2 * mean / math.sqrt(high))))
+            return (w / _shaped(scale, w)).round_().clamp_(-high, high).int(), scale
+        lowest = 2 ** (self.bits - 1) - 2
+        top = w.abs().amax(axes).clamp_min(_SMALLEST).reshape(-1)
+        ratio = w.abs() / _shaped(top, w)
+        exponent = torch.log2(ratio.clamp_min(1e-30)).round_().clamp_(-lowest, 0) + lowest
+        codes = torch.where(ratio < 2.0 ** (-lowest - 0.5), 0, torch.sign(w) * torch.exp2(exponent))
+        return codes.int(), top * 2.0**-lowest
+
+    def forward(self, w: Tensor) -> Tensor:
+        codes, scale = self.codes(w)
+        inside = None if self.levels else (w.detach() / _shaped(scale, w)).abs() <= 2 ** (self.bits - 1) - 1
+        return _Straight.apply(w, codes.to(w.dtype) * _shaped(scale.to(w.dtype), w), inside)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, levels={self.levels}, per_channel={self.per_channel}"
+
+
+# ------------------------------------------------------------------------------------------------ binary
+class _Sign(torch.autograd.Function):
+    """Sign with the straight-through or the IR-Net error-decay gradient k t (1 - tanh^2(t w))."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, t: float | None, zero_is_plus: bool) -> Tensor:
+        ctx.t = t
+        if t is not None:
+            ctx.save_for_backward(w)
+        return torch.where(w >= 0, 1.0, -1.0).to(w.dtype) if zero_is_plus else torch.sign(w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.t is None:
+            return grads[0], None, None
+        (w,) = ctx.saved_tensors
+        return grads[0] * (max(1 / ctx.t, 1.0) * ctx.t * (1 - torch.tanh(ctx.t * w) ** 2)), None, None
+
+
+class Binary(Quantizer):
+    """One bit: the sign of the weight, normalised per output channel.
+
+        w^ = (w - mean_o) / std_o       (gradients flow through both; unbiased std)
+        codes = sign(w^), sign(0) = +1;   w_q = s_o * codes
+        s_o = 1 ("none"), 2^round(log2 mean_o|w^|) ("pow2"), mean_o|w - mean_o| ("mean": XNOR-Net); never takes a gradient
+        dL/dw^ = dL/dw_q * s_o          gradient "ste"
+               = ... * k t (1 - tanh^2(t w^)),  t = 10^(-1 + 2 progress), k = max(1/t, 1)      gradient "ir_net"
+    `progress` (0..1, training done) is a buffer, so that it is stored in checkpoints; set it with `anneal(progress)`.
+
+    Args: gradient, scale, zero ("plus"; "published": torch.sign, whose third level 0 cannot be deployed).
+    Deploys as: scheme `binary`. Source: IR-Net (CVPR 2020); BESTformer (scale "none", "ste"); Q-SNN ("pow2", "ir_net").
+    Differs from the released code: a constant channel has its std floored at 1e-8 instead of dividing by zero.
+
+    >>> Binary().codes(torch.tensor([[3.0, 1.0, 2.0, 2.0]]))[0].tolist()
+    [[1, -1, 1, 1]]
+    """
+
+    deploys_as = "binary"
+    bits = 1
+
+    def __init__(self, gradient: str = "ste", scale: str = "none", zero: str = "plus") -> None:
+        super().__init__()
+        for name, value, allowed in (("gradient", gradient, ("ste", "ir_net")), ("scale", scale, ("none", "pow2", "mean")),
+                                     ("zero", zero, ("plus", "published"))):
+            if value not in allowed:
+                raise ValueError(f"Binary: {name}={value!r}; allowed: {', '.join(map(repr, allowed))}.")
+        self.gradient, self.scale, self.zero = gradient, scale, zero
+        self.register_buffer("progress", torch.zeros(()))
+
+    def anneal(self, progress: float) -> None:
+        """Set the share of training done (0..1); sharpens the "ir_net" gradient from t = 0.1 to t = 10."""
+        self.progress.fill_(min(max(progress, 0.0), 1.0))
+
+    def _normalise(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        axes = _over_channels(w)
+        centred = w - w.mean(axes, keepdim=True)
+        normal = centred / centred.std(axes, keepdim=True).clamp_min(_SMALLEST)
+        if self.scale == "none":
+            return normal, torch.ones_like(w[:, 0].reshape(w.shape[0], -1)[:, 0]).detach()
+        if self.scale == "mean":
+            return normal, centred.detach().abs().mean(axes)
+        return normal, torch.exp2(torch.round(torch.log2(normal.detach().abs().mean(axes).clamp_min(_SMALLEST))))
+
+    def forward(self, w: Tensor) -> Tensor:
+        normal, scale = self._normalise(w)
+        t = 10.0 ** (-1 + 2 * float(self.progress)) if self.gradient == "ir_net" else None
+        sign = _Sign.apply(normal, t, self.zero == "plus")
+        return sign if self.scale == "none" else sign * _shaped(scale, w)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def codes(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        normal, scale = self._normalise(w)
+        sign = _Sign.apply(normal, None, self.zero == "plus").int()
+        if not bool(sign.all()):
+            raise ValueError('Binary(zero="published"): a weight is exactly at its mean, and the third level 0 has no 1-bit '
+                             'code. Use zero="plus".')
+        return sign, scale
+
+    def extra_repr(self) -> str:
+        return f"gradient={self.gradient!r}, scale={self.scale!r}, zero={self.zero!r}"
+
+
+# ---------------------------------------------------------------------------------------------- membrane
+class Membrane(nn.Module):
+    """k-bit membrane potential, applied after fire and reset, before the potential is stored.
+
+        z = tanh(u) (or u);  out = a * round( clip(z/a, -1, 1) * Q ) / Q,   Q = 2^(k-1) - 1;   straight-through rounding
+    a: "running" (default): a buffer, the running maximum of max|z| in training (momentum 0.1), fixed in evaluation, so no
+    sample depends on its neighbours; "batch" (published): max|z| of this very batch, in evaluation too.
+
+    Args: bits 2..8; scale "running" | "batch"; tanh (published True: it is applied at every step and bounds |u| < 1).
+    Deploys as: k-bit signed state of op `lif`. Source: Q-SNN (ACM MM 2024) section 3; released code has only "batch",
+    which gives NaN for an all-zero potential (here: zero) and cannot be deployed.
+    """
+
+    def __init__(self, bits: int = 8, scale: str = "running", tanh: bool = True, momentum: float = 0.1) -> None:
+        super().__init__()
+        if not 2 <= bits <= 8:
+            raise ValueError(f"Membrane: bits={bits}; allowed: 2..8.")
+        if scale not in ("running", "batch"):
+            raise ValueError(f"Membrane: scale={scale!r}; allowed: 'running', 'batch'.")
+        self.bits, self.scale, self.tanh, self.momentum = bits, scale, tanh, momentum
+        self.high = 2 ** (bits - 1) - 1
+        self.register_buffer("bound", torch.zeros(()))
+
+    def _bound(self, z: Tensor) -> Tensor:
+        top = z.detach().abs().amax()
+        if self.scale == "batch":
+            return top.clamp_min(_SMALLEST)
+        if self.training or self.bound == 0:  # the first batch sets it, whatever the mode
+            with torch.no_grad():
+                self.bound.copy_(top if self.bound == 0 else torch.lerp(self.bound, top.to(self.bound.dtype), self.momentum))
+        return self.bound.clamp_min(_SMALLEST).to(z.dtype)
+
+    def forward(self, u: Tensor) -> Tensor:
+        z = torch.tanh(u) if self.tanh else u
+        a = self._bound(z)
+        inside = (z.detach() / a).clamp(-1, 1)
+        levels = (inside * self.high).round_()
+        # the clip passes gradients where |z| <= a, as torch.clamp does
+        return _Straight.apply(z, a * levels / self.high, None if self.scale == "batch" else z.detach().abs() <= a)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def codes(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Potential -> (int32 codes in -Q..Q, scale of shape [1])."""
+        z = torch.tanh(u) if self.tanh else u
+        a = self._bound(z)
+        return ((z / a).clamp(-1, 1) * self.high).round_().int(), (a / self.high).reshape(1)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, scale={self.scale!r}, tanh={self.tanh}"
