@@ -257,7 +257,7 @@ class Binary(Quantizer):
 class Membrane(nn.Module):
     """k-bit membrane potential, applied after fire and reset, before the potential is stored.
 
-        z = tanh(u) (or u);  out = a * round( clip(z/a, -1, 1) * Q ) / Q,   Q = 2^(k-1) - 1;   straight-through rounding
+        z = tanh(u) (or u);  out = a * round( clip(z/a, -1, 1) * Q ) / Q,   Q = 2^(k-1) - 1;   gradient of tanh where |z| < a
     a: "running" (default): a buffer, the running maximum of max|z| in training (momentum 0.1), fixed in evaluation, so no
     sample depends on its neighbours; "batch" (published): max|z| of this very batch, in evaluation too.
 
@@ -290,8 +290,8 @@ class Membrane(nn.Module):
         a = self._bound(z)
         inside = (z.detach() / a).clamp(-1, 1)
         levels = (inside * self.high).round_()
-        # the clip passes gradients where |z| <= a, as torch.clamp does
-        return _Straight.apply(z, a * levels / self.high, None if self.scale == "batch" else z.detach().abs() <= a)  # type: ignore[no-any-return]
+        # as in the released code, the clip stops the gradient at the bound itself, not only beyond it
+        return _Straight.apply(z, a * levels / self.high, z.detach().abs() < a)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def codes(self, u: Tensor) -> tuple[Tensor, Tensor]:
