@@ -1,0 +1,133 @@
+// AVX2. vpmaddubsw would multiply 8-bit codes directly but saturates its 16-bit sums, so codes and weights are widened
+// to 16 bits and vpmaddwd does the exact work: 16 products per instruction, then one add.
+#include <immintrin.h>
+
+#include "elementwise.h"
+
+namespace bitspike {
+namespace {
+
+struct Avx2 {
+  using I32 = __m256i;
+  using Code = int16_t;
+  using Weight = int16_t;
+  static constexpr int kUnit = 2, kLanes = 8, kPixels = 4, kVectors = 2;
+  static constexpr int kSignedOffset = 0;
+
+  static __m256i mask(int lanes) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+
+  static I32 zero() { return _mm256_setzero_si256(); }
+  static I32 load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static I32 load(const int32_t* p, int lanes) {
+    return lanes == kLanes ? load(p) : _mm256_maskload_epi32(p, mask(lanes));
+  }
+  static I32 load_weights(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store(int32_t* p, I32 v, int lanes) {
+    if (lanes >= kLanes) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+    else _mm256_maskstore_epi32(p, mask(lanes), v);
+  }
+  static void store_codes(uint8_t* p, I32 v, int lanes) {
+    const __m256i low_bytes = _mm256_shuffle_epi8(
+        v, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                            0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+    const uint64_t low = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm256_castsi256_si128(low_bytes)));
+    const uint64_t high = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm256_extracti128_si256(low_bytes, 1)));
+    const uint64_t codes = low | high << 32;
+    memcpy(p, &codes, lanes);
+  }
+
+  static I32 broadcast(const int16_t* p) {
+    int32_t unit;
+    memcpy(&unit, p, 4);
+    return _mm256_set1_epi32(unit);
+  }
+  static I32 dot(I32 acc, I32 codes, I32 weights) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(codes, weights));
+  }
+  static I32 dot16(I32 acc, I32 code, I32 weight) { return dot(acc, code, weight); }
+
+  static I32 widen_u8(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I32 widen_s8(const uint8_t* p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I32 widen_u8(const uint8_t* p, int lanes) {
+    if (lanes == kLanes) return widen_u8(p);
+    uint8_t codes[kLanes] = {};
+    memcpy(codes, p, lanes);
+    return widen_u8(codes);
+  }
+  static I32 widen_s8(const uint8_t* p, int lanes) {
+    if (lanes == kLanes) return widen_s8(p);
+    uint8_t codes[kLanes] = {};
+    memcpy(codes, p, lanes);
+    return widen_s8(codes);
+  }
+
+  static void convert(int16_t* to, const uint8_t* from, size_t n, bool is_signed) {
+    const int8_t* from_signed = reinterpret_cast<const int8_t*>(from);
+    if (is_signed)
+      for (size_t i = 0; i < n; ++i) to[i] = from_signed[i];
+    else
+      for (size_t i = 0; i < n; ++i) to[i] = from[i];
+  }
+  static const int16_t* in_place(const Conv&, const uint8_t*, int) { return nullptr; }
+
+  // A per-output number as int64, lanes 0..3 and 4..7.
+  struct Factor {
+    __m256i low, high;
+    explicit Factor(__m256i v)
+        : low(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(v))),
+          high(_mm256_cvtepi32_epi64(_mm256_extracti128_si256(v, 1))) {}
+    explicit Factor(const int32_t* p) : Factor(load(p)) {}
+    explicit Factor(int32_t v) : low(_mm256_set1_epi64x(v)), high(low) {}
+  };
+  static Factor factor(const int32_t* p, int lanes) { return Factor(load(p, lanes)); }
+
+  // There is no 64-bit arithmetic shift: shift x + 2^63 logically, then take 2^63 >> s off again.
+  struct Scale {
+    __m256i half_and_bias, bias_after;
+    __m128i shift;
+    explicit Scale(int s)
+        : half_and_bias(_mm256_set1_epi64x(static_cast<int64_t>((uint64_t{1} << 63) +
+                                                                (s > 0 ? uint64_t{1} << (s - 1) : 0)))),
+          bias_after(_mm256_set1_epi64x(static_cast<int64_t>(uint64_t{1} << (63 - s)))),
+          shift(_mm_cvtsi32_si128(s)) {}
+  };
+
+  static __m256i requant4(__m128i acc, __m256i m, __m256i b, const Scale& s) {
+    const __m256i product = _mm256_mul_epi32(_mm256_cvtepi32_epi64(acc), m);
+    const __m256i shifted = _mm256_srl_epi64(_mm256_add_epi64(product, s.half_and_bias), s.shift);
+    __m256i y = _mm256_add_epi64(_mm256_sub_epi64(shifted, s.bias_after), b);
+    const __m256i most = _mm256_set1_epi64x(INT32_MAX), least = _mm256_set1_epi64x(INT32_MIN);
+    y = _mm256_blendv_epi8(y, most, _mm256_cmpgt_epi64(y, most));
+    return _mm256_blendv_epi8(y, least, _mm256_cmpgt_epi64(least, y));
+  }
+  static I32 requant(I32 acc, const Factor& m, const Factor& b, const Scale& s) {
+    const __m256i low = requant4(_mm256_castsi256_si128(acc), m.low, b.low, s);
+    const __m256i high = requant4(_mm256_extracti128_si256(acc, 1), m.high, b.high, s);
+    const __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
+    return _mm256_blend_epi32(_mm256_permutevar8x32_epi32(low, even), _mm256_permutevar8x32_epi32(high, even), 0xf0);
+  }
+
+  static I32 clip(I32 v, int32_t lo, int32_t hi) {
+    return _mm256_min_epi32(_mm256_max_epi32(v, _mm256_set1_epi32(lo)), _mm256_set1_epi32(hi));
+  }
+  // Overflow: both have the same sign, and the sum another one. It becomes INT32_MAX or INT32_MIN by the sign of a.
+  static I32 add_saturating(I32 a, I32 b) {
+    const I32 sum = _mm256_add_epi32(a, b);
+    const I32 over = _mm256_andnot_si256(_mm256_xor_si256(a, b), _mm256_xor_si256(a, sum));
+    const I32 limit = _mm256_xor_si256(_mm256_srai_epi32(a, 31), _mm256_set1_epi32(INT32_MAX));
+    return _mm256_castps_si256(
+        _mm256_blendv_ps(_mm256_castsi256_ps(sum), _mm256_castsi256_ps(limit), _mm256_castsi256_ps(over)));
+  }
+};
+
+}  // namespace
+
+constexpr Kernels kernels_avx2 = kernels<Avx2>("avx2");
+
+}  // namespace bitspike

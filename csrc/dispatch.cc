@@ -1,0 +1,67 @@
+// The only file that knows every instruction set: which exist in this build, and which this CPU can run.
+#include <cstring>
+
+#include "kernels.h"
+#if defined(BITSPIKE_X86) && defined(_MSC_VER)
+#include <immintrin.h>
+#include <intrin.h>
+#endif
+
+namespace bitspike {
+namespace {
+
+#ifdef BITSPIKE_X86
+#ifdef _MSC_VER
+bool bit(int word, int index) { return (word >> index) & 1; }
+
+// The CPU has the instructions and the operating system saves the registers (xgetbv).
+bool cpu_has(int leaf7_ebx_bits, int leaf7_ecx_bits, unsigned long long saved) {
+  int r[4];
+  __cpuid(r, 1);
+  if (!bit(r[2], 27) || (_xgetbv(0) & saved) != saved) return false;
+  __cpuidex(r, 7, 0);
+  return (r[1] & leaf7_ebx_bits) == leaf7_ebx_bits && (r[2] & leaf7_ecx_bits) == leaf7_ecx_bits;
+}
+
+bool has_avx2() { return cpu_has(1 << 5, 0, 0x6); }
+bool has_avx512() { return cpu_has((1 << 16) | (1 << 17) | (1 << 30) | (1u << 31), 1 << 11, 0xe6); }
+#else
+bool has_avx2() { return __builtin_cpu_supports("avx2"); }
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+#endif
+
+struct Available {
+  const Kernels* list[4] = {};
+  Available() {
+    int n = 0;
+    list[n++] = &kernels_scalar;
+#ifdef BITSPIKE_X86
+#ifndef _MSC_VER
+    __builtin_cpu_init();
+#endif
+    if (has_avx2()) list[n++] = &kernels_avx2;
+    if (has_avx512()) list[n++] = &kernels_avx512;
+#endif
+  }
+};
+
+}  // namespace
+
+const Kernels* const* available_kernels() {
+  static const Available available;
+  return available.list;
+}
+
+const Kernels* find_kernels(const char* name) {
+  for (const Kernels* const* k = available_kernels(); *k; ++k)
+    if (std::strcmp((*k)->name, name) == 0) return *k;
+  return nullptr;
+}
+
+}  // namespace bitspike

@@ -1,0 +1,267 @@
+// The vector kernels, written once over a handful of primitives (`V`) that each instruction set's file defines:
+//
+//   V::Code           what an input code becomes in scratch: uint8_t (s8 codes + 128) or int16_t
+//   V::kUnit          codes per lane of one V::dot
+//   V::kLanes         int32 lanes of V::I32
+//   V::kPixels        4 or 8; with V::kVectors (at most 3) the register block: accumulators = kPixels * kVectors
+//   V::dot(a, x, w)   a[lane] += sum over unit of x[unit] * w[lane][unit], x one broadcast unit
+//   V::requant        sat32(rshift(acc * m, s) + b) in every lane, exact in int64
+//
+// Included by one .cc per instruction set, each compiled with its own flags. Everything sits in an unnamed namespace and
+// calls no inline function of the standard library: the linker keeps one copy of such a function, and it could be the
+// copy a lesser CPU cannot run.
+#pragma once
+#include <string.h>
+
+#include "kernels.h"
+
+namespace bitspike {
+namespace {
+
+inline int at_most(int a, int b) { return a < b ? a : b; }
+inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+constexpr size_t kSlack = 64;  // codes that may be read, never used, past the end of scratch
+
+// Packed convolution, per group: [blocks][kernel_h][steps][lanes][unit] weights, then m, b and the first value of the
+// accumulator, int32 [blocks * lanes] each. One step is `kUnit` neighbouring codes of a kernel row (kernel_w and
+// channels run together in memory), the last one padded with zero weights. Depthwise: [kernel_h * kernel_w][channels]
+// int32 weights, then m, b.
+template <class V>
+struct Packing {
+  typename V::Weight* weight;
+  int32_t *m, *b, *start;
+  size_t steps, block, bytes;
+
+  Packing(const Conv& c, int group, const void* packed) {
+    steps = round_up(static_cast<size_t>(c.kernel_w) * c.group_channels(), V::kUnit) / V::kUnit;
+    block = c.kernel_h * steps * V::kLanes * V::kUnit;
+    const size_t outputs = round_up(c.group_outputs(), V::kLanes);
+    const size_t weights = round_up(outputs / V::kLanes * block * sizeof(typename V::Weight), 64);
+    bytes = weights + 3 * outputs * sizeof(int32_t);
+    char* p = static_cast<char*>(const_cast<void*>(packed)) + group * bytes;
+    weight = reinterpret_cast<typename V::Weight*>(p);
+    m = reinterpret_cast<int32_t*>(p + weights);
+    b = m + outputs;
+    start = b + outputs;
+  }
+};
+
+struct DepthwisePacking {
+  int32_t *weight, *m, *b;
+  size_t channels, bytes;
+
+  DepthwisePacking(const Conv& c, size_t lanes, const void* packed) {
+    channels = round_up(c.channels, lanes);
+    bytes = (static_cast<size_t>(c.kernel_h) * c.kernel_w + 2) * channels * sizeof(int32_t);
+    weight = static_cast<int32_t*>(const_cast<void*>(packed));
+    m = weight + static_cast<size_t>(c.kernel_h) * c.kernel_w * channels;
+    b = m + channels;
+  }
+};
+
+template <class V>
+size_t conv_packed_bytes(const Conv& c) {
+  if (c.depthwise()) return DepthwisePacking(c, V::kLanes, nullptr).bytes;
+  return c.groups * Packing<V>(c, 0, nullptr).bytes;
+}
+
+template <class V>
+void conv_pack(const Conv& c, void* packed) {
+  memset(packed, 0, conv_packed_bytes<V>(c));
+  const int taps = c.kernel_h * c.kernel_w, in = c.group_channels(), outputs = c.group_outputs();
+  if (c.depthwise()) {
+    const DepthwisePacking p(c, V::kLanes, packed);
+    for (int o = 0; o < c.outputs; ++o) {
+      // The lower 16 bits of a lane hold the weight; the upper ones meet the sign extension of a code and must be zero.
+      for (int t = 0; t < taps; ++t) p.weight[t * p.channels + o] = c.weight[o * taps + t] & 0xffff;
+      p.m[o] = c.m[o];
+      p.b[o] = c.b[o];
+    }
+    return;
+  }
+  const int32_t offset = c.kind == Kind::s8 ? V::kSignedOffset : 0;
+  for (int g = 0; g < c.groups; ++g) {
+    const Packing<V> p(c, g, packed);
+    for (int o = 0; o < outputs; ++o) {
+      const int8_t* w = c.weight + static_cast<size_t>(g * outputs + o) * taps * in;
+      uint32_t sum = 0;
+      for (int ky = 0; ky < c.kernel_h; ++ky)
+        for (int k = 0; k < c.kernel_w * in; ++k, ++w) {
+          const size_t step = ky * p.steps + k / V::kUnit;
+          p.weight[o / V::kLanes * p.block + (step * V::kLanes + o % V::kLanes) * V::kUnit + k % V::kUnit] = *w;
+          sum += static_cast<uint32_t>(*w);
+        }
+      p.m[o] = c.m[g * outputs + o];
+      p.b[o] = c.b[g * outputs + o];
+      // Modulo 2^32, as the dot product is: the true sum is below 2^31, so the result is exact.
+      p.start[o] = static_cast<int32_t>(0u - sum * static_cast<uint32_t>(offset));
+    }
+  }
+}
+
+inline size_t padded_width(const Conv& c) { return static_cast<size_t>(c.width) + 2 * c.pad_w; }
+
+template <class V>
+size_t conv_scratch_bytes(const Conv& c, int rows) {
+  const size_t in_rows = static_cast<size_t>(rows - 1) * c.stride_h + c.kernel_h;
+  const size_t codes = in_rows * padded_width(c) * c.group_channels() + kSlack;
+  return c.depthwise() ? in_rows * padded_width(c) * c.channels + kSlack : codes * sizeof(typename V::Code);
+}
+
+// Rows [first, first + rows) of the padded image, channels [channel, channel + count) only. Put: (to, from, n) copies
+// and converts a run of codes; Fill: one padding code.
+template <class T, class Put, class Fill>
+void pad_rows(const Conv& c, const uint8_t* image, int first, int rows, int channel, int count, T* to, Put put,
+              Fill fill) {
+  const auto pad = [&](size_t pixels) {
+    for (size_t p = 0; p < pixels; ++p)
+      for (int i = 0; i < count; ++i) *to++ = fill(c.pad_value[channel + i]);
+  };
+  for (int y = first; y < first + rows; ++y) {
+    if (y < 0 || y >= c.height) {
+      pad(padded_width(c));
+      continue;
+    }
+    pad(c.pad_w);
+    const uint8_t* row = image + static_cast<size_t>(y) * c.width * c.channels + channel;
+    if (count == c.channels) {
+      put(to, row, static_cast<size_t>(c.width) * count);
+      to += static_cast<size_t>(c.width) * count;
+    } else {
+      for (int x = 0; x < c.width; ++x, row += c.channels, to += count) put(to, row, count);
+    }
+    pad(c.pad_w);
+  }
+  memset(to, 0, kSlack * sizeof(T));
+}
+
+// kPixels x (N * kLanes) outputs. x: the first code of each pixel's window; `row` codes between rows of the window.
+template <class V, int N>
+void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* const* x, size_t row, int first, int pixels,
+                int32_t* const* y) {
+  typename V::I32 acc[V::kPixels][N];
+  for (int n = 0; n < N; ++n) {
+    const typename V::I32 start = V::load(p.start + first + n * V::kLanes);
+    for (int i = 0; i < V::kPixels; ++i) acc[i][n] = start;
+  }
+  const typename V::Weight* w = p.weight + first / V::kLanes * p.block;
+  const typename V::Code *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3], *x4 = x[4], *x5 = x[5], *x6 = x[6], *x7 = x[7];
+  for (int ky = 0; ky < c.kernel_h; ++ky) {
+    for (size_t k = 0; k < p.steps * V::kUnit; k += V::kUnit, w += V::kLanes * V::kUnit) {
+      typename V::I32 weights[N];
+      for (int n = 0; n < N; ++n) weights[n] = V::load_weights(w + n * p.block);
+      const auto pixel = [&](typename V::I32* a, const typename V::Code* from) {
+        const typename V::I32 codes = V::broadcast(from + k);
+        for (int n = 0; n < N; ++n) a[n] = V::dot(a[n], codes, weights[n]);
+      };
+      pixel(acc[0], x0), pixel(acc[1], x1), pixel(acc[2], x2), pixel(acc[3], x3);
+      if constexpr (V::kPixels > 4) pixel(acc[4], x4), pixel(acc[5], x5), pixel(acc[6], x6), pixel(acc[7], x7);
+    }
+    x0 += row, x1 += row, x2 += row, x3 += row, x4 += row, x5 += row, x6 += row, x7 += row;
+  }
+  const int outputs = c.group_outputs();
+  const typename V::Scale scale(c.shift);
+  for (int n = 0; n < N; ++n) {
+    const int o = first + n * V::kLanes, lanes = at_most(outputs - o, V::kLanes);
+    const typename V::Factor m(p.m + o), b(p.b + o);
+    for (int i = 0; i < V::kPixels; ++i)
+      if (i < pixels) V::store(y[i] + o, V::requant(acc[i][n], m, b, scale), lanes);
+  }
+}
+
+// Pointers to the windows of up to kPixels output pixels; the last one is repeated to fill the block.
+template <class V>
+struct Windows {
+  size_t offset[V::kPixels];
+  int count;
+
+  Windows(const Conv& c, int first, int pixels, size_t pixel_codes) {
+    count = at_most(V::kPixels, pixels - first);
+    int oy = first / c.out_width, ox = first % c.out_width;
+    for (int i = 0; i < V::kPixels; ++i) {
+      offset[i] = (oy * c.stride_h * padded_width(c) + static_cast<size_t>(ox) * c.stride_w) * pixel_codes;
+      if (i + 1 < count && ++ox == c.out_width) ox = 0, ++oy;
+    }
+  }
+};
+
+template <class V>
+void depthwise(const Conv& c, const uint8_t* codes, int pixels, int32_t* out) {
+  const DepthwisePacking p(c, V::kLanes, c.packed);
+  const typename V::Scale scale(c.shift);
+  const size_t row = padded_width(c) * c.channels;
+  for (int first = 0; first < pixels; first += V::kPixels) {
+    const Windows<V> windows(c, first, pixels, c.channels);
+    for (int o = 0; o < c.channels; o += V::kLanes) {
+      typename V::I32 acc[V::kPixels];
+      for (int i = 0; i < V::kPixels; ++i) acc[i] = V::zero();
+      const int32_t* w = p.weight + o;
+      for (int ky = 0; ky < c.kernel_h; ++ky)
+        for (int kx = 0; kx < c.kernel_w; ++kx, w += p.channels) {
+          const typename V::I32 weight = V::load(w);
+          const uint8_t* x = codes + ky * row + static_cast<size_t>(kx) * c.channels + o;
+          for (int i = 0; i < V::kPixels; ++i) {
+            const uint8_t* from = x + windows.offset[i];
+            acc[i] = V::dot16(acc[i], c.kind == Kind::s8 ? V::widen_s8(from) : V::widen_u8(from), weight);
+          }
+        }
+      const typename V::Factor m(p.m + o), b(p.b + o);
+      for (int i = 0; i < windows.count; ++i)
+        V::store(out + (static_cast<size_t>(first) + i) * c.outputs + o, V::requant(acc[i], m, b, scale),
+                 at_most(c.channels - o, V::kLanes));
+    }
+  }
+}
+
+template <class V>
+void conv(const Conv& c, const void* image, int row0, int row1, int32_t* out, void* scratch) {
+  using Code = typename V::Code;
+  const uint8_t* in = static_cast<const uint8_t*>(image);
+  const int pixels = (row1 - row0) * c.out_width;
+  const int first_row = row0 * c.stride_h - c.pad_h, rows = (row1 - row0 - 1) * c.stride_h + c.kernel_h;
+  if (c.depthwise()) {
+    uint8_t* codes = static_cast<uint8_t*>(scratch);
+    pad_rows(c, in, first_row, rows, 0, c.channels, codes,
+             [](uint8_t* to, const uint8_t* from, size_t n) { memcpy(to, from, n); },
+             [](int16_t v) { return static_cast<uint8_t>(v); });
+    depthwise<V>(c, codes, pixels, out);
+    return;
+  }
+  const int channels = c.group_channels(), outputs = c.group_outputs();
+  const size_t row = padded_width(c) * channels;
+  for (int g = 0; g < c.groups; ++g) {
+    const Code* codes = V::in_place(c, in, first_row);
+    if (!codes) {
+      Code* to = static_cast<Code*>(scratch);
+      const bool is_signed = c.kind == Kind::s8;
+      pad_rows(c, in, first_row, rows, g * channels, channels, to,
+               [=](Code* dst, const uint8_t* src, size_t n) { V::convert(dst, src, n, is_signed); },
+               [=](int16_t v) { return static_cast<Code>(v + (is_signed ? V::kSignedOffset : 0)); });
+      codes = to;
+    }
+    const Packing<V> p(c, g, c.packed);
+    const int blocks = (outputs + V::kLanes - 1) / V::kLanes;
+    for (int block = 0; block < blocks;) {
+      // 4 vectors are better split 2 + 2 than 3 + 1.
+      const int left = blocks - block, n = left == 4 ? 2 : at_most(left, V::kVectors);
+      for (int first = 0; first < pixels; first += V::kPixels) {
+        const Windows<V> windows(c, first, pixels, channels);
+        const Code* x[8];
+        int32_t* y[8];
+        for (int i = 0; i < 8; ++i) {
+          x[i] = codes + windows.offset[i % V::kPixels];
+          y[i] = out + (static_cast<size_t>(first) + at_most(i, windows.count - 1)) * c.outputs + g * outputs;
+        }
+        const int o = block * V::kLanes;
+        if (V::kVectors == 3 && n == 3) conv_block<V, V::kVectors>(c, p, x, row, o, windows.count, y);
+        else if (n == 2) conv_block<V, 2>(c, p, x, row, o, windows.count, y);
+        else conv_block<V, 1>(c, p, x, row, o, windows.count, y);
+      }
+      block += n;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bitspike
