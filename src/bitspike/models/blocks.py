@@ -8,6 +8,18 @@ from torch import Tensor, nn
 from bitspike.neurons import timewise
 
 
+def as_sequence(x: Tensor, time_steps: int) -> Tensor:
+    """A static image [B, C, H, W] -> the same image at every step [T, B, C, H, W]; a sequence stays what it is.
+
+    Errors: ValueError for any other number of axes. Deploys as: nothing (the first stateful neuron repeats its input).
+    """
+    if x.dim() == 5:
+        return x
+    if x.dim() != 4:
+        raise ValueError(f"a model takes images [B, C, H, W] or sequences [T, B, C, H, W], found {list(x.shape)}.")
+    return x.unsqueeze(0).expand(time_steps, -1, -1, -1, -1)
+
+
 class ConvNorm(nn.Sequential):
     """Convolution (or linear 1x1) and batch norm over a sequence: [T, B, C, H, W] -> [T, B, C', H', W']."""
 
@@ -19,18 +31,36 @@ class ConvNorm(nn.Sequential):
         return timewise(self.norm, timewise(self.conv, x_TBCHW))  # type: ignore[no-any-return]
 
 
+class SpikeConv(nn.Module):
+    """Neuron, convolution and, unless `norm` is False, batch norm: [T, B, C, H, W] -> [T, B, C', H', W']."""
+
+    def __init__(self, neuron: nn.Module, conv: nn.Conv2d, norm: bool = True) -> None:
+        super().__init__()
+        self.neuron, self.conv = neuron, conv
+        self.norm = nn.BatchNorm2d(conv.out_channels) if norm else None
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        y = timewise(self.conv, self.neuron(x_TBCHW))
+        return y if self.norm is None else timewise(self.norm, y)
+
+
 class NormPad(nn.Module):
-    """Batch norm, then a border of `padding` pixels with the value the norm gives to a zero input (RepConv)."""
+    """Batch norm, then a border of `padding` pixels with the value the norm gives to a zero input (RepConv).
+
+    As published, the border uses the running statistics also in training and passes no gradient to the norm.
+    """
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
+        if padding < 1:
+            raise ValueError(f"NormPad: padding={padding}; it must be at least 1 (without a border use BatchNorm2d).")
         self.norm, self.padding = nn.BatchNorm2d(channels), padding
 
     def border(self) -> Tensor:
         """[C]: the norm's response to zero."""
         n = self.norm
         assert n.running_mean is not None and n.running_var is not None
-        return n.bias - n.running_mean * n.weight / torch.sqrt(n.running_var + n.eps)
+        return n.bias.detach() - n.running_mean * n.weight.detach() / torch.sqrt(n.running_var + n.eps)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         y, p = self.norm(x_NCHW), self.padding
@@ -68,4 +98,5 @@ def spike_attention(q_TBCHW: Tensor, k_TBCHW: Tensor, v_TBCHW: Tensor, heads: in
     return (kv @ q * scale).reshape(T, B, C, H, W)
 
 
+torch.fx.wrap("as_sequence")
 torch.fx.wrap("spike_attention")
