@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitspike import _train_kernels
+
 
 # --------------------------------------------------------------------------------------------- time axis
 def timewise(module: Any, x_TBX: Tensor) -> Tensor:
@@ -207,14 +209,26 @@ class _Count(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, levels: int, gain: float, scale: float) -> Tensor:
+        ctx.shape, ctx.slope, ctx.strides = x.shape, gain * scale, None
+        done = _train_kernels.count_forward(x, levels, gain, scale)
+        if done is not None:
+            y, mask = done
+            ctx.strides = x.stride()  # the mask's bits are in the order of memory
+            ctx.save_for_backward(mask)
+            return y
         u = x * gain
         ctx.save_for_backward(pack_mask((u > 0) & (u < levels)))
-        ctx.shape, ctx.slope = x.shape, gain * scale
         return u.clamp_(0, levels).add_(0.5).floor_().mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        inside = unpack_mask(ctx.saved_tensors[0], ctx.shape)
+        (mask,) = ctx.saved_tensors
+        if ctx.strides is None:
+            inside = unpack_mask(mask, ctx.shape)
+        elif grads[0].requires_grad:  # a gradient of the gradient is wanted: stay where torch can follow
+            inside = unpack_mask(mask, (ctx.shape.numel(),)).as_strided(ctx.shape, ctx.strides)
+        else:
+            return _train_kernels.count_backward(grads[0], mask, ctx.strides, ctx.slope), None, None, None
         grad = grads[0] * inside
         return grad if ctx.slope == 1 else grad * ctx.slope, None, None, None
 

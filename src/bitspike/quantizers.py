@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitspike import _train_kernels
+
 _SMALLEST = 1e-8  # floor of a learned step: below any weight worth coding, above the denormals
 
 
@@ -40,15 +42,23 @@ class Quantizer(nn.Module):
 class _LSQ(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, scale: Tensor, low: int, high: int, grad_scale: float) -> Tensor:
-        step = _shaped(scale, w).clamp_min(_SMALLEST)
         ctx.save_for_backward(w, scale)
         ctx.limits = low, high, grad_scale
+        done = _train_kernels.lsq_forward(w, scale, low, high, _SMALLEST)
+        if done is not None:
+            return done
+        step = _shaped(scale, w).clamp_min(_SMALLEST)
         return (w / step).round_().clamp_(low, high).mul_(step)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         w, scale = ctx.saved_tensors
         low, high, grad_scale = ctx.limits
+        done = None
+        if not grads[0].requires_grad:  # else a gradient of the gradient is wanted: stay where torch can follow
+            done = _train_kernels.lsq_backward(w, scale, grads[0], low, high, _SMALLEST, grad_scale)
+        if done is not None:
+            return *done, None, None, None
         v = w / _shaped(scale, w).clamp_min(_SMALLEST)
         inside = (v >= low) & (v <= high)
         slope = v.round().clamp_(low, high).sub_(v * inside)

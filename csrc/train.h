@@ -1,0 +1,39 @@
+// Training kernels: one pass over memory for what eager torch does in many. Raw pointers, no torch.
+//
+// Each function is compiled once per instruction set from train_body.h and picked at run time by train.cc. All of them
+// are deterministic: what an element (or a sum) becomes never depends on the number of threads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace bitspike {
+
+struct TrainKernels {
+  const char* name;
+
+  // y = floor(clip(gain x, 0, levels) + 0.5) * scale, rounding after every step in the dtype of x as eager torch does
+  // (bf16 holds its steps in bf16). mask: bit i of byte j is element 8 j + i, 1 where 0 < gain x < levels;
+  // (count + 7) / 8 bytes. NaN goes through to y and has mask 0.
+  void (*count_forward)(const void* x, void* y, uint8_t* mask, size_t count, bool bf16, float levels, float gain,
+                        float scale, int threads);
+  // gx = gy * mask * slope. A product, not a choice: NaN and infinite gradients come through as NaN, as in eager torch.
+  void (*count_backward)(const void* gy, const uint8_t* mask, void* gx, size_t count, bool bf16, float slope,
+                         int threads);
+
+  // float32 weights [channels, size], one step per channel (or one for all: steps = 1), held above `smallest`:
+  // q = clip(rint(w / step), low, high) * step
+  void (*lsq_forward)(const float* w, const float* step, float* q, size_t channels, size_t size, size_t steps,
+                      float low, float high, float smallest, int threads);
+  // gw = gq inside the range, 0 outside; gstep[c] = grad_scale * sum gq * slope over the channel (always one per channel;
+  // the caller adds them up when there is one step)
+  void (*lsq_backward)(const float* w, const float* step, const float* gq, float* gw, float* gstep, size_t channels,
+                       size_t size, size_t steps, float low, float high, float smallest, float grad_scale, int threads);
+};
+
+// Defined in train_base.cc, train_avx2.cc, train_avx512.cc.
+extern const TrainKernels train_base;
+#ifdef BITSPIKE_X86
+extern const TrainKernels train_avx2, train_avx512;
+#endif
+
+}  // namespace bitspike
