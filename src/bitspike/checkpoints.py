@@ -1,0 +1,191 @@
+"""RUN folders: config, metrics and an atomic checkpoint; reading a trained model back.
+
+    RUN/config.json                  recipe, overrides, versions, commit, hash of the data
+    RUN/metrics.jsonl                one line an epoch, and one at the end
+    RUN/checkpoint/                  the latest state: model.safetensors, ema.safetensors, spec.json, state.json, state.pt
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bitspike.layers import neurons_with_membrane, quantizable, quantize_
+from bitspike.recipe import Recipe, RecipeError, differences
+from bitspike.spec import QuantSpec
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used: holds something else, or is damaged."""
+
+
+def build(recipe: Recipe) -> nn.Module:
+    """The recipe's model with its quantizers, freshly initialised from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    model = recipe.model(**recipe.model_options)
+    spec = recipe.quant_spec()
+    return model if spec is None else quantize_(model, spec)
+
+
+def resolved_spec(model: nn.Module, spec: QuantSpec | None) -> QuantSpec:
+    """One rule per layer: what the patterns came to."""
+    if spec is None:
+        return QuantSpec()
+    rules = {**spec.resolve(quantizable(model)), **spec.resolve(neurons_with_membrane(model), membrane=True)}
+    return QuantSpec(rules)
+
+
+# --------------------------------------------------------------------------------------------- checkpoints
+def save_checkpoint(run: Path, weights: Mapping[str, Mapping[str, Tensor]], spec: QuantSpec, state: Mapping[str, Any],
+                    tensors: Mapping[str, Any]) -> None:
+    """Write RUN/checkpoint so that a kill at any moment leaves this state or the one before it, whole.
+
+    weights: file stem -> state dict, as safetensors. state: plain JSON. tensors: what `torch.load(weights_only=True)`
+    reads back (optimizer state).
+    """
+    new, current, old = run / "checkpoint.new", run / "checkpoint", run / "checkpoint.old"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    for stem, values in weights.items():
+        save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, new / f"{stem}.safetensors")
+    (new / "spec.json").write_text(spec.to_json())
+    torch.save(dict(tensors), new / "state.pt")
+    (new / "state.json").write_text(json.dumps(state))
+    for file in new.iterdir():
+        _sync(file)
+    _sync(new)
+    if current.exists():  # a folder cannot be replaced in one step: between these two, checkpoint.old is the whole one
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(current, old)
+    os.rename(new, current)
+    _sync(run)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checkpoint_folder(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    return next((f for f in (run / "checkpoint", run / "checkpoint.old") if f.is_dir()), None)
+
+
+def load_weights(folder: Path, stem: str, model: nn.Module) -> None:
+    """Load one safetensors file into the model. Errors: RunError naming the file and the first keys that differ."""
+    path = folder / f"{stem}.safetensors"
+    try:
+        values = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: not a whole safetensors file ({error}).") from None
+    expected = model.state_dict()
+    wrong = sorted(set(values) ^ set(expected)) or [k for k in expected if values[k].shape != expected[k].shape]
+    if wrong:
+        raise RunError(f"{path}: {len(wrong)} tensors do not fit the recipe's model, for example {wrong[0]!r}.")
+    model.load_state_dict(values)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The plain part of a checkpoint: step, steps, finished, seconds, running sums."""
+    try:
+        return json.loads((folder / "state.json").read_text())  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder / 'state.json'}: cannot be read ({error}).") from None
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+def read_config(run: Path) -> dict[str, Any]:
+    """RUN/config.json. Errors: RunError where it is missing or no JSON."""
+    path = run / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        found = sorted(p.name for p in run.iterdir())[:5] if run.is_dir() else None
+        state = "does not exist" if found is None else f"holds {', '.join(found)}" if found else "is empty"
+        raise RunError(f"{run}: not a run, there is no config.json (the folder {state}). Train one with "
+                       f"'bitspike train RECIPE --out {run}'.") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error}).") from None
+    if not isinstance(config, dict) or not isinstance(config.get("recipe"), dict):
+        raise RunError(f"{path}: expected an object with a 'recipe'.")
+    return config
+
+
+def open_run(run: Path, recipe: Recipe, overrides: Mapping[str, str], data_hash: str) -> Path | None:
+    """Make RUN, or check that it is a run of this very recipe; returns its checkpoint, if any.
+
+    Errors: RunError saying what differs, or that the folder holds something else.
+    """
+    if not run.exists() or not any(run.iterdir()):
+        run.mkdir(parents=True, exist_ok=True)
+        config = {"recipe_name": recipe.name, "overrides": dict(overrides), "recipe": recipe.to_dict(),
+                  "data_hash": data_hash, "commit": _commit(), "versions": _versions()}
+        temporary = run / "config.json.new"
+        temporary.write_text(json.dumps(config, indent=1))
+        os.replace(temporary, run / "config.json")
+        return None
+    if sorted(p.name for p in run.iterdir()) == ["config.json.new"]:  # killed in its first moment
+        (run / "config.json.new").unlink()
+        return open_run(run, recipe, overrides, data_hash)
+    config = read_config(run)
+    different = differences(config["recipe"], recipe.to_dict())
+    if config.get("data_hash") != data_hash:
+        different.append(f"data: sha256 {str(config.get('data_hash'))[:12]}... -> {data_hash[:12]}...")
+    if different:
+        raise RunError(f"{run} is a run of recipe {config.get('recipe_name')!r} with other settings: "
+                       f"{'; '.join(different)}. Choose another --out, or the same settings to go on.")
+    return checkpoint_folder(run)
+
+
+def load_run(path: Path | str, recipe: Recipe | None = None) -> tuple[nn.Module, Recipe]:
+    """The trained model of a RUN, in eval mode, with the averaged weights if it has them; and its recipe.
+
+    recipe: only needed for a model function that is not part of bitspike and not imported. Errors: RunError.
+    """
+    run = Path(path)
+    if recipe is None:
+        try:
+            recipe = Recipe.from_dict(read_config(run)["recipe"])
+        except (RecipeError, TypeError) as error:
+            raise RunError(f"{run / 'config.json'}: {error}") from None
+    folder = checkpoint_folder(run)
+    if folder is None:
+        raise RunError(f"{run} has no checkpoint yet; let 'bitspike train' go on with it.")
+    model = build(recipe)
+    load_weights(folder, "ema" if (folder / "ema.safetensors").is_file() else "model", model)
+    return model.eval(), recipe
+
+
+def _commit() -> str:
+    """Commit of the source tree, "-dirty" if it has changes; "unknown" for an installed package."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "."], cwd=here,
+                                 capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib import metadata
+
+    import bitspike
+
+    packages = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "accelerate", "numpy")}
+    return {"bitspike": bitspike.__version__, "python": platform.python_version(), **packages}

@@ -1,0 +1,151 @@
+"""Losses every recipe may use, and the spike counts they need."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from bitspike.neurons import IELIF, LIF
+from bitspike.recipe import Loss, Recipe
+
+
+def neurons(model: nn.Module) -> dict[str, LIF | IELIF]:
+    """Name -> spiking neuron, in definition order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LIF | IELIF)}
+
+
+def classification_loss(recipe: Recipe) -> Loss:
+    """Cross entropy of the logits (mean over time if they have a time axis), with the recipe's label smoothing."""
+
+    def loss(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        mean = logits.mean(0) if logits.dim() == 3 else logits
+        return F.cross_entropy(mean.float(), targets, label_smoothing=recipe.label_smoothing)
+
+    return loss
+
+
+class SpikeCounts:
+    """Mean spike count of every neuron in the last forward pass, by hooks; differentiable.
+
+    count = output / scale: 0 or 1 for LIF, 0..D for IE-LIF. Call `take()` once after each forward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._means: dict[str, Tensor] = {}
+        self._handles = [n.register_forward_hook(self._hook(name)) for name, n in neurons(model).items()]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            # float32 sum: a bfloat16 mean would keep three digits
+            self._means[name] = output.mean(dtype=torch.float32) / float(module.scale)  # type: ignore[arg-type]
+
+        return hook
+
+    def take(self) -> dict[str, Tensor]:
+        """Name -> scalar mean count of the pass since the last call."""
+        means, self._means = self._means, {}
+        return means
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class _FollowSpikes(TorchDispatchMode):
+    """Which neurons' outputs each matrix product reads: tags tensors, passes tags through views, pools and sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.macs: dict[str, float] = {}
+
+    def _of(self, tensor: Any) -> frozenset[str]:
+        return self.sources.get(tensor, frozenset()) if isinstance(tensor, Tensor) else frozenset()
+
+    def mark(self, tensor: Tensor, name: str) -> None:
+        self.sources[tensor] = frozenset([name])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("convolution", "mm", "addmm", "bmm", "baddbmm"):
+            left, right = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
+            inner = right.numel() / right.shape[0] if name == "convolution" else left.shape[-1]
+            operands = [self._of(left), self._of(right)]
+            reading = [o for o in operands if o]  # of a product of two spike tensors each accounts for half
+            for sources in reading:
+                for source in sources:
+                    share = result.numel() * inner / len(reading) / len(sources)
+                    self.macs[source] = self.macs.get(source, 0.0) + share
+        elif isinstance(result, Tensor):
+            tags = frozenset().union(*(self._of(a) for a in args))
+            if tags:
+                self.sources[result] = tags
+        return result
+
+
+@torch.no_grad()
+def spike_costs(model: nn.Module, image_BCHW: Tensor) -> dict[str, float]:
+    """Neuron -> multiply-accumulates per image that its output takes part in (0 for a neuron nobody multiplies).
+
+    Measured on a copy of the model, so that nothing in it changes. A product of two spike tensors counts half for each.
+    """
+    probe = copy.deepcopy(model).eval()
+    found = neurons(probe)
+    with _FollowSpikes() as follow:
+        for name, neuron in found.items():
+            neuron.register_forward_hook(lambda module, inputs, output, name=name: follow.mark(output, name))
+        probe(image_BCHW)
+    return {name: follow.macs.get(name, 0.0) / len(image_BCHW) for name in found}
+
+
+def spike_penalty(counts: dict[str, Tensor], costs: dict[str, float]) -> Tensor:
+    """Mean count, each neuron weighted by its share of the operations: sum_i macs_i count_i / sum_i macs_i.
+
+    Times the total of macs it is the number of synaptic operations an image costs.
+    """
+    total = sum(costs.values())
+    terms = [counts[name] * (cost / total) for name, cost in costs.items() if cost and name in counts]
+    if not terms:
+        raise ValueError("spike_penalty: no neuron of the model feeds a convolution or matrix product.")
+    return torch.stack(terms).sum()
+
+
+class NonFinite(ArithmeticError):
+    """A loss that is not finite: names step, learning rate and the first offending module."""
+
+
+@contextmanager
+def _watch(model: nn.Module, bad: list[str]) -> Iterator[None]:
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def check(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not bad and not bool(output.isfinite().all()):
+                broken = [n for n, p in module.named_parameters() if not bool(p.isfinite().all())]
+                fine = all(bool(i.isfinite().all()) for i in inputs if isinstance(i, Tensor) and i.is_floating_point())
+                why = f"its parameter {broken[0]!r} is not finite" if broken else "its input is finite" if fine else "its input is not"
+                bad.append(f"{name} ({type(module).__name__}; {why})")
+
+        return check
+
+    handles = [m.register_forward_hook(hook(name or "the model")) for name, m in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_nonfinite(model: nn.Module, images: Tensor) -> str:
+    """Run the batch again and name the first module whose output is not finite, or say that all are finite."""
+    bad: list[str] = []
+    with torch.no_grad(), _watch(model, bad):
+        model(images)
+    return bad[0] if bad else "none: every module's output is finite, so it is the loss itself"

@@ -1,0 +1,278 @@
+"""Recipe: everything that decides a training run, as plain fields.
+
+Values can be overridden by text (`--set lr=0.01`), written to a run's config and compared with it.
+"""
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from bitspike.spec import QuantSpec, Scheme
+
+#: (images normalised [B, C, H, W], logits [B, K] or [T, B, K], targets [B] or [B, K]) -> scalar loss
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be meant: names the field, what was found and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run.
+
+    Model: `model(**model_options)` gives the full-precision network, input float [B, C, H, W], output logits [B, K] or
+    [T, B, K]; `spec` says which layer is quantized how; without one, `bits` quantizes every layer: 32 not at all, 1 with
+    `Scheme("binary")`, 2..8 with `Scheme("lsq", bits)`.
+    Data: uint8 pixels; the model sees (pixel / 255 - mean) / std; grey images with three means become three channels.
+    `train_on="train+val"` uses the held-out part too; then nothing is measured until the test at the end.
+    Steps: `batch_size` is that of one optimizer step, over all processes and `accumulate` parts.
+    objective: `objective(model, recipe, loss) -> loss` lets a paper replace the loss; it is called once, with the model on
+    its device, so it may load a `teacher`, hook layers, and weigh its term by `distill`.
+    spike_penalty: weight of the mean spike count, each neuron weighted by its share of the operations its spikes cause.
+    scale_lr: multiplies the learning rate of the quantizers' steps. ema: decay of the averaged weights, which are the ones
+    evaluated; 0 is off. flip: "alternating" mirrors each image in every other epoch.
+    claim, cost, notes: for people; they change nothing.
+
+    >>> recipe = Recipe("demo", nn.Identity, epochs=2)
+    >>> recipe.override({"lr": "0.01", "flip": "none"}).lr
+    0.01
+    >>> recipe.override({"epoch": "3"})
+    Traceback (most recent call last):
+    ...
+    bitspike.recipe.RecipeError: recipe 'demo' has no field 'epoch' (nearest: 'epochs').
+    """
+
+    name: str
+    model: Callable[..., nn.Module]
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    spec: QuantSpec | None = None
+    bits: int = 32
+    # data
+    data: str = "cifar10"
+    train_on: Literal["train", "train+val"] = "train"
+    image_size: int = 32
+    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
+    std: tuple[float, ...] = (0.2470, 0.2435, 0.2616)
+    flip: Literal["none", "random", "alternating"] = "none"
+    translate: int = 0
+    translate_pad: Literal["reflect", "zero"] = "reflect"
+    cutout: int = 0
+    crop: Literal["whole", "random_resized"] = "whole"
+    rand_augment: str = ""
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_off_epoch: float = 0.0
+    workers: int = 2
+    # steps
+    epochs: float = 1.0
+    batch_size: int = 128
+    accumulate: int = 1
+    optimizer: Literal["adamw", "lamb", "sgd", "muon"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    betas: tuple[float, ...] = (0.9, 0.999)
+    scale_lr: float = 1.0
+    schedule: Literal["cosine", "triangle"] = "cosine"
+    warmup_epochs: float = 0.0
+    warmup_lr: float = 0.0
+    min_lr: float = 0.0
+    grad_clip: float = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    ema: float = 0.0
+    # loss
+    label_smoothing: float = 0.0
+    spike_penalty: float = 0.0
+    distill: float = 0.0
+    teacher: str = ""
+    objective: Callable[[nn.Module, Recipe, Loss], Loss] | None = None
+    # the rest
+    seed: int = 0
+    validate_every: int = 1
+    claim: str = ""
+    cost: str = ""
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in _types().items():
+            allowed = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+            if allowed and getattr(self, name) not in allowed:
+                raise self._refuse(name, getattr(self, name), " | ".join(allowed))
+        for name in ("batch_size", "accumulate", "image_size", "validate_every"):
+            if getattr(self, name) < 1:
+                raise self._refuse(name, getattr(self, name), "an integer of at least 1")
+        if self.bits not in (1, 2, 3, 4, 5, 6, 7, 8, 32):
+            raise self._refuse("bits", self.bits, "1..8, or 32 for float weights")
+        if self.batch_size % self.accumulate:
+            raise self._refuse("accumulate", self.accumulate, f"a divisor of batch_size={self.batch_size}")
+        if not 0 <= self.ema < 1:
+            raise self._refuse("ema", self.ema, "0 (off) up to, not including, 1")
+        if not self.epochs > 0:
+            raise self._refuse("epochs", self.epochs, "a number above 0")
+        if len(self.std) not in (1, len(self.mean)):
+            raise self._refuse("std", self.std, f"one number or {len(self.mean)}, as mean has")
+
+    def _refuse(self, name: str, found: object, allowed: str) -> RecipeError:
+        return RecipeError(f"recipe {self.name!r}, field {name}={found!r}: allowed: {allowed}.")
+
+    def override(self, values: Mapping[str, str]) -> Recipe:
+        """A copy with fields parsed from text; `model_options.levels=2` reaches into the model's options.
+
+        `spec` takes the path of a spec in JSON, or "none". Errors: RecipeError for an unknown field (naming the nearest)
+        or a value that does not parse (saying what is allowed).
+        """
+        changed: dict[str, Any] = {}
+        options = dict(self.model_options)
+        for key, text in values.items():
+            head, _, rest = key.partition(".")
+            if head == "model_options" and rest:
+                options[rest] = self._parse_option(rest, text)
+                changed["model_options"] = options
+            elif key == "spec":
+                changed[key] = None if text.lower() == "none" else self._read_spec(text)
+            elif key in _types() and key not in ("name", "model", "model_options", "objective"):
+                changed[key] = self._parse(key, text, _types()[key])
+            else:
+                known = [n for n in _types() if n not in ("name", "model", "objective")]
+                raise RecipeError(f"recipe {self.name!r} has no field {key!r}{_nearest(key, known)}.")
+        if "bits" in changed and changed.get("spec", self.spec) is not None:
+            raise RecipeError(f"recipe {self.name!r}: bits={changed['bits']} has no effect, its spec names the bits of each "
+                              "layer. Override spec too: spec=none or spec=FILE.json.")
+        return replace(self, **changed)
+
+    def _parse(self, name: str, text: str, kind: Any) -> Any:
+        return _parse(text, kind, lambda allowed: self._refuse(name, text, allowed))
+
+    def _parse_option(self, name: str, text: str) -> Any:
+        parameters = inspect.signature(self.model).parameters
+        if name not in parameters and name not in self.model_options:
+            raise RecipeError(f"recipe {self.name!r}: its model has no option {name!r}{_nearest(name, parameters)}; "
+                              f"allowed: {', '.join(parameters) or 'none'}.")
+        present = self.model_options.get(name)
+        if present is None and name in parameters and parameters[name].default is not inspect.Parameter.empty:
+            present = parameters[name].default
+        if isinstance(present, bool | int | float | str):
+            return self._parse(f"model_options.{name}", text, type(present))
+        try:
+            return _tuples(json.loads(text))
+        except json.JSONDecodeError:
+            return text
+
+    def _read_spec(self, path: str) -> QuantSpec:
+        try:
+            return QuantSpec.from_json(Path(path).read_text())
+        except OSError as error:
+            raise self._refuse("spec", path, f"'none' or the path of a spec in JSON ({error})") from None
+
+    def quant_spec(self) -> QuantSpec | None:
+        """The spec to attach; None for float weights."""
+        if self.spec is not None or self.bits == 32:
+            return self.spec
+        return QuantSpec({"*": Scheme("binary") if self.bits == 1 else Scheme("lsq", self.bits)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; functions as "module:name"."""
+        plain: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, QuantSpec):
+                value = json.loads(value.to_json())
+            elif callable(value):
+                value = f"{value.__module__}:{value.__qualname__}"
+            plain[f.name] = dict(value) if isinstance(value, Mapping) else value
+        return json.loads(json.dumps(plain))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Inverse of `to_dict`.
+
+        Functions are looked up only in bitspike itself or in modules the program has already imported, so that reading a
+        run never imports code of the run's choice. Errors: RecipeError.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise RecipeError(f"a stored recipe has the unknown field {unknown[0]!r}; it was written by another version.")
+        values = {name: _tuples(value) for name, value in data.items()}
+        for name in ("model", "objective"):
+            if values.get(name) is not None:
+                values[name] = _named(values[name])
+        values["model_options"] = {k: _tuples(v) for k, v in dict(data.get("model_options", {})).items()}
+        if data.get("spec") is not None:
+            values["spec"] = QuantSpec.from_json(json.dumps(data["spec"]))
+        return cls(**values)
+
+
+_DESCRIPTIVE = ("name", "workers", "validate_every", "claim", "cost", "notes")
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """"field: stored -> asked" for every field that changes the result (not the texts, not the number of workers)."""
+    return [f"{name}: {stored.get(name)!r} -> {asked.get(name)!r}" for name in {**stored, **asked}
+            if name not in _DESCRIPTIVE and stored.get(name) != asked.get(name)]
+
+
+def _types() -> dict[str, Any]:
+    return {name: kind for name, kind in typing.get_type_hints(Recipe).items() if not name.startswith("_")}
+
+
+def _parse(text: str, kind: Any, refuse: Callable[[str], RecipeError]) -> Any:
+    """`text` as a value of the annotated type."""
+    if typing.get_origin(kind) is Literal:
+        if text not in typing.get_args(kind):
+            raise refuse(" | ".join(typing.get_args(kind)))
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise refuse("true | false")
+        return text.lower() in ("true", "1", "yes")
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            raise refuse("a whole number" if kind is int else "a number") from None
+    if typing.get_origin(kind) is tuple:
+        try:
+            return tuple(float(part) for part in text.strip("()[] ").split(",") if part.strip())
+        except ValueError:
+            raise refuse("numbers separated by commas, such as 0.9,0.999") from None
+    return text
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _named(path: str) -> Any:
+    module, _, name = path.partition(":")
+    if module.split(".")[0] == "bitspike":
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise RecipeError(f"the run names {path}, which this version does not have ({error}).") from None
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, types.FunctionType | type):
+        raise RecipeError(f"the run names {path}; it is not part of bitspike and not imported. Import {module} first, "
+                          "or pass the recipe.")
+    return found
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f" (nearest: {close[0]!r})" if close else ""
