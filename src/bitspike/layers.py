@@ -6,12 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bitspike.neurons import LIF
-from bitspike.quantizers import LSQ, Binary, Membrane, PowerOfTwo, Quantizer
+from bitspike.quantizers import LSQ, Binary, MaxScale, Membrane, PowerOfTwo, Quantizer
 from bitspike.spec import QuantSpec, Scheme, SpecError
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -34,6 +33,8 @@ def make_quantizer(scheme: Scheme, weight: Tensor) -> Quantizer:
         return LSQ(scheme.bits, channels, **scheme.options)
     if scheme.kind in ("pow2", "pow2_scale"):
         return PowerOfTwo(scheme.bits, levels=scheme.kind == "pow2", per_channel=scheme.per == "channel")
+    if scheme.kind == "max":
+        return MaxScale(scheme.bits, per_channel=scheme.per == "channel", **scheme.options)
     if scheme.kind == "binary":
         return Binary(**scheme.options)
     raise SpecError(f"Scheme {scheme.kind!r} is not a weight scheme.")

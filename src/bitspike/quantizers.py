@@ -181,6 +181,55 @@ class PowerOfTwo(Quantizer):
         return f"bits={self.bits}, levels={self.levels}, per_channel={self.per_channel}"
 
 
+# ---------------------------------------------------------------------------------- scale from the largest
+class MaxScale(Quantizer):
+    """Uniform signed k bits; the largest weight is the largest code.
+
+        s = max|w| / Qp,  codes = round(w / s),  w_q = s * codes,  Qp = 2^(k-1) - 1          nothing is ever clipped
+        dL/dw = dL/dw_q; the scale follows the weights and takes no gradient
+    top="signed" (published) takes max(w) instead of max|w|: codes below -Qp then stand for what is more negative than
+    that. They exist only in training: `codes` refuses what k bits cannot hold.
+
+    Args: bits 2..8, per_channel, top "absolute" | "signed". Deploys as: scheme `uniform`, k bits.
+    Source: Q-SNN (ACM MM 2024), first and last layer (8 bits, per tensor, signed).
+
+    >>> MaxScale(8, per_channel=False).codes(torch.tensor([[1.0, -0.5, 0.001]]))[0].tolist()
+    [[127, -64, 0]]
+    """
+
+    deploys_as = "uniform"
+
+    def __init__(self, bits: int = 8, per_channel: bool = True, top: str = "absolute") -> None:
+        super().__init__()
+        if not 2 <= bits <= 8:
+            raise ValueError(f"MaxScale: bits={bits}; allowed: 2..8.")
+        if top not in ("absolute", "signed"):
+            raise ValueError(f"MaxScale: top={top!r}; allowed: 'absolute', 'signed'.")
+        self.bits, self.per_channel, self.top = bits, per_channel, top
+        self.high = 2 ** (bits - 1) - 1
+
+    def _codes(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        axes = _over_channels(w) if self.per_channel else tuple(range(w.dim()))
+        top = (w.abs() if self.top == "absolute" else w).amax(axes).clamp_min(_SMALLEST).reshape(-1)
+        scale = top / self.high
+        return (w / _shaped(scale, w)).round_(), scale
+
+    def forward(self, w: Tensor) -> Tensor:
+        codes, scale = self._codes(w.detach())
+        return _Straight.apply(w, codes.mul_(_shaped(scale, w)), None)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def codes(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = self._codes(w)
+        if codes.min() < -self.high - 1:
+            raise ValueError(f'MaxScale(top="signed"): a weight has code {int(codes.min())}, beyond {self.bits} bits. '
+                             'Use top="absolute".')
+        return codes.int(), scale
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, per_channel={self.per_channel}, top={self.top!r}"
+
+
 # ------------------------------------------------------------------------------------------------ binary
 class _Sign(torch.autograd.Function):
     """Sign with the straight-through or the IR-Net error-decay gradient k t (1 - tanh^2(t w))."""

@@ -18,6 +18,7 @@ KINDS: dict[str, tuple[int, ...]] = {
     "lsq": (2, 3, 4, 5, 6, 7, 8),
     "pow2": (2, 3, 4),
     "pow2_scale": (2, 3, 4, 5, 6, 7, 8),
+    "max": (2, 3, 4, 5, 6, 7, 8),
     "binary": (1,),
     "membrane": (2, 3, 4, 5, 6, 7, 8),
 }
@@ -26,6 +27,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "binary": {"gradient": ("ste", "ir_net"), "scale": ("none", "pow2", "mean"), "zero": ("plus", "published")},
     "membrane": {"scale": ("running", "batch"), "tanh": (True, False)},
     "lsq": {"init": ("tensor", "channel")},
+    "max": {"top": ("absolute", "signed")},
 }
 
 
@@ -38,7 +40,8 @@ class Scheme:
     """The form of one layer's weights (or, kind "membrane", of one neuron's potential).
 
     kind: "full" (left alone), "lsq" (uniform signed k-bit, learned step), "pow2" (levels are powers of two),
-    "pow2_scale" (uniform levels, the step is a power of two), "binary" (normalised sign), "membrane" (LIF potential).
+    "pow2_scale" (uniform levels, the step is a power of two), "max" (uniform levels up to the largest weight),
+    "binary" (normalised sign), "membrane" (LIF potential).
     bits: width of one code. per: "channel" (one scale per output channel) or "tensor".
     options: training-side choices, see `OPTIONS`.
 

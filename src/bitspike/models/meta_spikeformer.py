@@ -18,6 +18,7 @@ weights do not load into it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch.fx
@@ -35,14 +36,14 @@ torch.fx.wrap("spike_attention")
 
 
 # ------------------------------------------------------------------------------------------------ neurons
-def ielif() -> IELIF:
-    """QSD-Transformer's neuron: counts 0..4, values 0, 1/4 .. 1."""
-    return IELIF(4)
+def ielif(levels: int = 4) -> IELIF:
+    """QSD-Transformer's neuron: counts 0..D, values 0, 1/D .. 1. The release fixes D = 4."""
+    return IELIF(levels)
 
 
-def ielif_attention() -> IELIF:
-    """QSD-Transformer's neuron after the attention product: counts 0..4, values 0, 1/2 .. 2."""
-    return IELIF(4, scale=0.5)
+def ielif_attention(levels: int = 4) -> IELIF:
+    """QSD-Transformer's neuron after the attention product: counts 0..D, values 0, 2/D .. 2."""
+    return IELIF(levels, scale=2 / levels)
 
 
 def lif() -> LIF:
@@ -133,7 +134,7 @@ class Attention(nn.Module):
                  strict: bool) -> None:
         super().__init__()
         if channels % heads:
-            raise ValueError(f"Attention: {channels} channels do not divide into {heads} heads; take a multiple of {heads}.")
+            raise ValueError(f"Attention: {channels} channels in {heads} heads; take a multiple of {heads}.")
 
         def conv() -> nn.Module:
             return StrictRepConv(channels, neuron) if strict else RepConv(channels)
@@ -286,35 +287,46 @@ class MetaSpikeFormer(nn.Module):
 
 # -------------------------------------------------------------------------------------------------- sizes
 # QSD-Transformer; named by the number of convolution and linear weights with 1000 classes.
-def imagenet_8m(num_classes: int = 1000, time_steps: int = 1, topology: str = "published") -> MetaSpikeFormer:
+def _qsd(widths: tuple[int, int, int, int], depths: tuple[int, int], num_classes: int, time_steps: int, levels: int,
+         topology: str) -> MetaSpikeFormer:
+    return MetaSpikeFormer(widths, depths, num_classes=num_classes, time_steps=time_steps, topology=topology,
+                           neuron=partial(ielif, levels), attention_neuron=partial(ielif_attention, levels))
+
+
+def imagenet_8m(num_classes: int = 1000, time_steps: int = 1, levels: int = 4,
+                topology: str = "published") -> MetaSpikeFormer:
     """8.261 M weights: the smallest size in the QSD release."""
-    return MetaSpikeFormer((48, 96, 192, 256), num_classes=num_classes, time_steps=time_steps, topology=topology)
+    return _qsd((48, 96, 192, 256), (6, 2), num_classes, time_steps, levels, topology)
 
 
-def imagenet_15m(num_classes: int = 1000, time_steps: int = 1, topology: str = "published") -> MetaSpikeFormer:
+def imagenet_15m(num_classes: int = 1000, time_steps: int = 1, levels: int = 4,
+                 topology: str = "published") -> MetaSpikeFormer:
     """15.015 M weights: 'QSD-Transformer 1.8M' of the paper."""
-    return MetaSpikeFormer((64, 128, 256, 360), num_classes=num_classes, time_steps=time_steps, topology=topology)
+    return _qsd((64, 128, 256, 360), (6, 2), num_classes, time_steps, levels, topology)
 
 
-def imagenet_31m(num_classes: int = 1000, time_steps: int = 1, topology: str = "published") -> MetaSpikeFormer:
+def imagenet_31m(num_classes: int = 1000, time_steps: int = 1, levels: int = 4,
+                 topology: str = "published") -> MetaSpikeFormer:
     """31.194 M weights: 'QSD-Transformer 3.9M' of the paper."""
-    return MetaSpikeFormer((96, 192, 384, 480), num_classes=num_classes, time_steps=time_steps, topology=topology)
+    return _qsd((96, 192, 384, 480), (6, 2), num_classes, time_steps, levels, topology)
 
 
-def imagenet_55m(num_classes: int = 1000, time_steps: int = 1, topology: str = "published") -> MetaSpikeFormer:
+def imagenet_55m(num_classes: int = 1000, time_steps: int = 1, levels: int = 4,
+                 topology: str = "published") -> MetaSpikeFormer:
     """55.163 M weights: 'QSD-Transformer 6.8M' of the paper."""
-    return MetaSpikeFormer((128, 256, 512, 640), num_classes=num_classes, time_steps=time_steps, topology=topology)
+    return _qsd((128, 256, 512, 640), (6, 2), num_classes, time_steps, levels, topology)
 
 
-def imagenet_74m(num_classes: int = 1000, time_steps: int = 1, topology: str = "published") -> MetaSpikeFormer:
+def imagenet_74m(num_classes: int = 1000, time_steps: int = 1, levels: int = 4,
+                 topology: str = "published") -> MetaSpikeFormer:
     """74.378 M weights: the 55 M widths with depth 12."""
-    return MetaSpikeFormer((128, 256, 512, 640), (9, 3), num_classes=num_classes, time_steps=time_steps,
-                           topology=topology)
+    return _qsd((128, 256, 512, 640), (9, 3), num_classes, time_steps, levels, topology)
 
 
-def imagenet_123m(num_classes: int = 1000, time_steps: int = 1, topology: str = "published") -> MetaSpikeFormer:
+def imagenet_123m(num_classes: int = 1000, time_steps: int = 1, levels: int = 4,
+                  topology: str = "published") -> MetaSpikeFormer:
     """123.461 M weights: the largest size in the release."""
-    return MetaSpikeFormer((192, 384, 768, 960), num_classes=num_classes, time_steps=time_steps, topology=topology)
+    return _qsd((192, 384, 768, 960), (6, 2), num_classes, time_steps, levels, topology)
 
 
 # Spike-driven Transformer v2; the numbers are depth and third width, as published.
@@ -343,21 +355,37 @@ def metaspikformer_8_768(num_classes: int = 1000, time_steps: int = 4) -> MetaSp
     return _sdt_v2((192, 384, 768, 960), num_classes, time_steps)
 
 
-# For 32x32 images (ours: the papers only transfer to CIFAR at 128x128). Attention sees 8x8 tokens.
-def cifar_small(num_classes: int = 10, time_steps: int = 1, topology: str = "strict", neuron: NeuronFactory = ielif,
-                attention_neuron: NeuronFactory = ielif_attention) -> MetaSpikeFormer:
+# For 32x32 images (ours: the papers only transfer to CIFAR, at 128x128). Attention sees 8x8 tokens; the layer scale
+# begins at 1, since from 1e-6 the branches hardly wake up in a short schedule.
+def cifar_small(num_classes: int = 10, time_steps: int = 1, levels: int = 4,
+                topology: str = "strict") -> MetaSpikeFormer:
     """1.97 M weights, 163 M MACs: for a CPU. Resolutions 32, 16, 8, 8, 8."""
-    return MetaSpikeFormer((32, 64, 128, 160), (2, 1), num_classes=num_classes, time_steps=time_steps, neuron=neuron,
-                           attention_neuron=attention_neuron, layer_scale=1.0, topology=topology, stem=(3, 1),
-                           strides=(2, 2, 1, 1))
+    return MetaSpikeFormer((32, 64, 128, 160), (2, 1), num_classes=num_classes, time_steps=time_steps,
+                           neuron=partial(ielif, levels), attention_neuron=partial(ielif_attention, levels),
+                           layer_scale=1.0, topology=topology, stem=(3, 1), strides=(2, 2, 1, 1))
 
 
-def cifar_base(num_classes: int = 10, time_steps: int = 1, topology: str = "strict", neuron: NeuronFactory = ielif,
-               attention_neuron: NeuronFactory = ielif_attention) -> MetaSpikeFormer:
+def cifar_small_lif(num_classes: int = 10, time_steps: int = 4, topology: str = "strict") -> MetaSpikeFormer:
+    """`cifar_small` with plain LIF neurons over T steps."""
+    return MetaSpikeFormer((32, 64, 128, 160), (2, 1), num_classes=num_classes, time_steps=time_steps, neuron=lif,
+                           attention_neuron=lif_attention, attention_scale=0.125, layer_scale=1.0, topology=topology,
+                           stem=(3, 1), strides=(2, 2, 1, 1))
+
+
+def cifar_base(num_classes: int = 10, time_steps: int = 1, levels: int = 4,
+               topology: str = "strict") -> MetaSpikeFormer:
     """8.34 M weights, 1.43 G MACs: for a GPU. Resolutions 32, 32, 16, 8, 8."""
-    return MetaSpikeFormer((64, 128, 256, 360), (2, 1), num_classes=num_classes, time_steps=time_steps, neuron=neuron,
-                           attention_neuron=attention_neuron, layer_scale=1.0, topology=topology, stem=(3, 1),
-                           strides=(1, 2, 2, 1))
+    return MetaSpikeFormer((64, 128, 256, 360), (2, 1), num_classes=num_classes, time_steps=time_steps,
+                           neuron=partial(ielif, levels), attention_neuron=partial(ielif_attention, levels),
+                           layer_scale=1.0, topology=topology, stem=(3, 1), strides=(1, 2, 2, 1))
+
+
+def dvs_small(num_classes: int = 10, time_steps: int = 16, levels: int = 4,
+              topology: str = "published") -> MetaSpikeFormer:
+    """2.0 M weights for event frames of 128x128 with two polarities (ours: no size for events was published)."""
+    return MetaSpikeFormer((32, 64, 128, 160), (2, 1), num_classes=num_classes, in_channels=2, time_steps=time_steps,
+                           neuron=partial(ielif, levels), attention_neuron=partial(ielif_attention, levels),
+                           layer_scale=1.0, topology=topology)
 
 
 # -------------------------------------------------------------------------------------- published weights
@@ -422,8 +450,8 @@ def load_published(model: MetaSpikeFormer, weights: str | Path | Mapping[str, Te
     """Load a released QSD-Transformer or SDT-v2 checkpoint in place and return the model.
 
     weights: a `.safetensors` file, a torch `.pth` (read with weights_only; an outer 'model' and the prefix 'module.'
-    are taken off), or a table of tensors. A quantized checkpoint (with `alpha`) needs the model quantized first, with an
-    "lsq" scheme; a full-precision one needs it not yet quantized. The release's unused activation parameters `*.act.*`
+    are taken off), or a table of tensors. A quantized checkpoint (with `alpha`) needs the model quantized first, with
+    an "lsq" scheme; a full-precision one needs it not yet quantized. The release's unused activation parameters `*.act.*`
     are skipped; of a distilled SDT-v2 checkpoint the two heads are averaged, which is what its evaluation does.
     Errors: PublishedWeightsError with the lists of keys, and then nothing is changed; FileNotFoundError.
     """
