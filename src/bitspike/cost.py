@@ -280,9 +280,15 @@ def quantized_ann(op: Operation, model_bytes: float) -> Energy:
     return Energy(arithmetic, traffic_pj(op.packed_bytes, model_bytes), traffic_pj(2 * moved, moved))
 
 
-def potentials(moved_bytes: float, held_bytes: float) -> Energy:
-    """The 32-bit potentials that are kept between operations: the residual stream, the state of LIF neurons."""
-    return Energy(0.0, potentials_pj=traffic_pj(moved_bytes, held_bytes))
+def potentials(traffic: Iterable[tuple[int, int]]) -> Energy:
+    """The 32-bit potentials that are kept between operations, as (bytes moved, bytes held) pairs.
+
+    They are the residual stream and, in a spiking network of several steps, the state of its neurons.
+
+    >>> potentials([(8, 8_000), (8, 500_000)]).total_pj
+    110.0
+    """
+    return Energy(0.0, potentials_pj=sum(traffic_pj(moved, held) for moved, held in traffic))
 
 
 def describe_constants() -> list[str]:
