@@ -1,1 +1,12 @@
+"""The device side: runs `*.bitspike` artifacts as integers, with numpy and a small compiled extension.
 
+    >>> from bitspike.deploy import load
+    >>> net = load("cifar10")          # doctest: +SKIP
+    >>> logits = net(images)           # uint8 [B, 32, 32, 3] -> float32 [B, 10]   # doctest: +SKIP
+"""
+from bitspike.deploy import kernels
+from bitspike.deploy.errors import ArtifactError, ImageError
+from bitspike.deploy.preprocess import read_image
+from bitspike.deploy.runtime import Net, load
+
+__all__ = ["ArtifactError", "ImageError", "Net", "kernels", "load", "read_image"]

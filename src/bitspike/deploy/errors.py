@@ -1,0 +1,14 @@
+"""Typed errors of the device side. Messages say where, what was found, what is allowed, what to do."""
+from __future__ import annotations
+
+
+class ArtifactError(ValueError):
+    """A `*.bitspike` file that is missing, damaged, of another version, or not allowed by docs/format.md."""
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read or cannot become the network's input."""
+
+
+class KernelError(ValueError):
+    """A set of kernels that this build or this CPU does not have."""

@@ -1,0 +1,151 @@
+"""Every operation of docs/format.md in numpy: the definition that all compiled kernels must equal, bit for bit.
+
+Values are `[S, B, H, W, C]`; potentials are int32. Written as short as the equations, not for speed.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+INT32 = np.iinfo(np.int32)
+
+
+def rshift(x: Array, s: int) -> Array:
+    """`(x + 2^(s-1)) >> s` on int64, rounding half up; `x` for s = 0.
+
+    >>> rshift(np.array([-3, -2, -1, 0, 1, 2, 3]), 1).tolist()
+    [-1, -1, 0, 0, 1, 1, 2]
+    """
+    x = x.astype(np.int64)
+    return (x + (1 << (s - 1))) >> s if s > 0 else x
+
+
+def sat32(x: Array) -> Array:
+    """Clip int64 to int32."""
+    return np.clip(x, INT32.min, INT32.max).astype(np.int32)
+
+
+def _times(x: Array, m: int | Array) -> Array:
+    return x.astype(np.int64) * np.asarray(m, np.int64)
+
+
+def windows(size: int, kernel: int, stride: int, padding: int) -> int:
+    """Number of windows along one side of an image; 0 or less if none fits."""
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+def _tap(x: Array, offset: tuple[int, int], stride: tuple[int, int], out: tuple[int, int]) -> Array:
+    """The pixels that one tap of the kernel meets: `[S, B, *out, C]`."""
+    (y, x0), (sh, sw), (oh, ow) = offset, stride, out
+    return x[:, :, y : y + sh * (oh - 1) + 1 : sh, x0 : x0 + sw * (ow - 1) + 1 : sw]
+
+
+def _pad(x: Array, padding: tuple[int, int], value: Array) -> Array:
+    (ph, pw), (s, b, h, w, c) = padding, x.shape
+    padded = np.broadcast_to(value.astype(x.dtype), (s, b, h + 2 * ph, w + 2 * pw, c)).copy()
+    padded[:, :, ph : ph + h, pw : pw + w] = x
+    return padded
+
+
+def lookup(x: Array, table: Array) -> Array:
+    """`y = table[c, x]`; table int8 `[C, 256]`."""
+    return table[np.arange(table.shape[0]), x]
+
+
+def conv(
+    x: Array, weight: Array, stride: tuple[int, int], padding: tuple[int, int], groups: int, pad_value: Array, m: Array,
+    s: int, b: Array,
+) -> Array:
+    """`sat32(rshift(acc * m[o], s) + b[o])`; weight: int8 codes `[O, kh, kw, I / groups]`, pad_value: `[I]`.
+
+    The sum runs in float64, where it is exact: every partial sum is an integer far below 2^53.
+    """
+    outputs, kh, kw, inputs = weight.shape
+    out = (windows(x.shape[2], kh, stride[0], padding[0]), windows(x.shape[3], kw, stride[1], padding[1]))
+    x = _pad(x, padding, pad_value)
+    w = weight.astype(np.float64).reshape(groups, outputs // groups, kh, kw, inputs)
+    acc = np.zeros((*x.shape[:2], *out, groups, outputs // groups))
+    for i in range(kh):
+        for j in range(kw):
+            codes = _tap(x, (i, j), stride, out).astype(np.float64)
+            if groups == 1:
+                acc[..., 0, :] += codes @ w[0, :, i, j].T
+            else:
+                acc += np.einsum("...gi,goi->...go", codes.reshape(*codes.shape[:4], groups, inputs), w[:, :, i, j])
+    return sat32(rshift(_times(acc.reshape(*acc.shape[:4], outputs), m), s) + b.astype(np.int64))
+
+
+def quantize(x: Array, m: int | Array, s: int, lo: int, hi: int, dtype: str) -> Array:
+    """`clip(rshift(x * m[c], s), lo, hi)` as dtype "u8" or "s8"."""
+    return np.clip(rshift(_times(x, m), s), lo, hi).astype(np.uint8 if dtype == "u8" else np.int8)
+
+
+def affine(x: Array, m: int | Array, s: int, b: int | Array) -> Array:
+    """`sat32(rshift(x * m[c], s) + b[c])`."""
+    return sat32(rshift(_times(x, m), s) + np.asarray(b, np.int64))
+
+
+def add(a: Array, b: Array) -> Array:
+    """`sat32(a + b)`; S = 1 is broadcast."""
+    return sat32(a.astype(np.int64) + b)
+
+
+def attention(q: Array, k: Array, v: Array, heads: int, m: int, s: int) -> Array:
+    """Per head over the N = H W tokens: `sat32(rshift(q (k^T v) * m, s))`. Exact in float64, as in `conv`."""
+    def split(x: Array) -> Array:  # [S, B, H, W, C] -> [S, B, heads, N, C / heads]
+        tokens = x.reshape(*x.shape[:2], -1, heads, x.shape[4] // heads)
+        return np.swapaxes(tokens, 2, 3).astype(np.float64)
+
+    acc = split(q) @ (np.swapaxes(split(k), 3, 4) @ split(v))
+    y = sat32(rshift(_times(acc, m), s))
+    return np.ascontiguousarray(np.swapaxes(y, 2, 3)).reshape(y.shape[0], *q.shape[1:])
+
+
+def maxpool(x: Array, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Array:
+    """Maximum over the pixels that exist; padding < kernel."""
+    out = (windows(x.shape[2], kernel[0], stride[0], padding[0]), windows(x.shape[3], kernel[1], stride[1], padding[1]))
+    x = _pad(x, padding, np.full(x.shape[4], np.iinfo(x.dtype).min))
+    taps = [_tap(x, (i, j), stride, out) for i in range(kernel[0]) for j in range(kernel[1])]
+    return np.maximum.reduce(taps)
+
+
+def mean(x: Array, over: str, m: int) -> Array:
+    """`sat32(floor((2 m sum + n) / (2 n)))` over "space" (H and W become 1) or "time" (S becomes 1)."""
+    axes = (2, 3) if over == "space" else (0,)
+    n = int(np.prod([x.shape[axis] for axis in axes]))
+    return sat32((2 * m * x.sum(axes, dtype=np.int64, keepdims=True) + n) // (2 * n))
+
+
+def lif(
+    x: Array, decay: tuple[int, int], gain: tuple[int, int], threshold: int, reset: str, steps: int, strict: bool
+) -> Array:
+    """`h = sat32(rshift(v decay) + rshift(x gain))`, spike where `h >= threshold` (`>` if strict), then the reset."""
+    v = np.zeros(x.shape[1:], np.int32)
+    spikes = np.empty((steps, *x.shape[1:]), np.uint8)
+    for t in range(steps):
+        drive = _times(x[t if x.shape[0] > 1 else 0], gain[0])
+        h = sat32(rshift(_times(v, decay[0]), decay[1]) + rshift(drive, gain[1]))
+        s = h > threshold if strict else h >= threshold
+        if reset == "hard":
+            v = np.where(s, 0, h).astype(np.int32)
+        elif reset == "soft":
+            v = sat32(h.astype(np.int64) - s * threshold)
+        else:
+            v = h
+        spikes[t] = s
+    return spikes
+
+
+def ielif(x: Array, levels: int, decay: tuple[int, int], steps: int, fraction_bits: int) -> Array:
+    """`u = sat32(v + x)`, `n = clip(rshift(u, F), 0, D)`, `v = sat32(rshift((u - (n << F)) decay))`; y = n."""
+    v = np.zeros(x.shape[1:], np.int32)
+    counts = np.empty((steps, *x.shape[1:]), np.uint8)
+    for t in range(steps):
+        u = sat32(v.astype(np.int64) + x[t if x.shape[0] > 1 else 0])
+        n = np.clip(rshift(u, fraction_bits), 0, levels)
+        v = sat32(rshift(_times(u - (n << fraction_bits), decay[0]), decay[1]))
+        counts[t] = n
+    return counts
