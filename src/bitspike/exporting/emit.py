@@ -1,0 +1,163 @@
+"""The integer program under construction: fixed-point numbers, operations, packed tensors."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitspike.exporting.trace import ExportError
+
+Array = NDArray[Any]
+_LIMIT = 2**31
+
+
+def fixed_point(values: Array) -> tuple[Array, int]:
+    """Real factors -> (int32 multipliers m, shift s) with values ~ m / 2^s and the largest m in [2^29, 2^30].
+
+    Powers of two are exact; the error is at most 2^-30 of the largest factor. Errors: ExportError for factors of 2^30
+    and more, which no network needs.
+
+    >>> fixed_point(np.array([0.25, -3.0]))
+    (array([ 67108864, -805306368], dtype=int32), 28)
+    """
+    top = float(np.max(np.abs(values), initial=0.0))
+    if top == 0:
+        return np.zeros(values.shape, np.int32), 0
+    if not math.isfinite(top) or top >= 2**30:
+        raise ExportError(f"a factor of {top:.3g} does not fit the fixed-point multipliers (at most 2^30).")
+    shift = min(max(30 - math.frexp(top)[1], 0), 62)
+    return np.rint(np.ldexp(values, shift)).astype(np.int32), shift
+
+
+def fixed_pair(value: float) -> tuple[int, int]:
+    """A real factor -> (m, s), value ~ m / 2^s, reduced: an exact fraction has its smallest m.
+
+    >>> fixed_pair(0.5), fixed_pair(4.0), fixed_pair(0.0)
+    ((1, 1), (4, 0), (0, 0))
+    """
+    multipliers, shift = fixed_point(np.array([value]))
+    m = int(multipliers[0])
+    while shift > 0 and m % 2 == 0:
+        m, shift = m // 2, shift - 1
+    return m, shift
+
+
+@dataclass
+class Conv:
+    """A convolution that is not written yet, so that per-channel factors can still fold into it."""
+
+    source: str  # id of the codes it reads
+    codes: Array  # int [O, I/groups, kh, kw]
+    scheme: dict[str, Any]  # {"kind", "bits"} of the artifact
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    groups: int
+    pad_value: Array | None  # int [I]; None: zeros
+    range: tuple[int, int]
+    layer: str
+    pools: list[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = field(default_factory=list)
+
+    def largest(self) -> int:
+        """Bound of |accumulator|, from the codes and the range of the input."""
+        reach = max(abs(self.range[0]), abs(self.range[1]))
+        if self.pad_value is not None and any(self.padding):
+            reach = max(reach, int(np.abs(self.pad_value).max()))
+        return int(np.abs(self.codes.astype(np.int64)).sum((1, 2, 3)).max()) * reach
+
+
+class Program:
+    """Operations in order and their tensors; `fraction_bits` F: a potential is value * 2^F."""
+
+    def __init__(self, fraction_bits: int, time_steps: int) -> None:
+        self.fraction_bits, self.time_steps = fraction_bits, time_steps
+        self.ops: list[dict[str, Any]] = []
+        self.tensors: dict[str, Array] = {}
+        self.packed: dict[str, tuple[Array, dict[str, Any]]] = {}  # codes [O, kh, kw, I/groups] and their scheme
+
+    @property
+    def one(self) -> float:
+        """The potential 1.0 as an integer."""
+        return float(2**self.fraction_bits)
+
+    def write(self, op: str, inputs: list[str], layer: str, **attributes: Any) -> str:
+        """Append an operation; arrays among the attributes become tensors. Returns the id it writes."""
+        out = f"v{len(self.ops) + 1}"
+        entry: dict[str, Any] = {"op": op, "in": inputs, "out": out}
+        for name, value in attributes.items():
+            if isinstance(value, np.ndarray):
+                self.tensors[f"{out}.{name}"] = value
+                value = f"{out}.{name}"
+            entry[name] = value
+        if layer:
+            entry["layer"] = layer
+        self.ops.append(entry)
+        return out
+
+    def _factors(self, a: Array, layer: str) -> tuple[Array, int]:
+        try:
+            return fixed_point(a)
+        except ExportError as error:
+            raise ExportError(f"{layer}: {error}") from error
+
+    def pair(self, value: float) -> list[int]:
+        """A real factor between potentials as [m, s]."""
+        return list(fixed_pair(value))
+
+    def factor(self, value: float, layer: str) -> tuple[int, int]:
+        """A real factor from an accumulator to a potential as (m, s)."""
+        m, s = self._factors(np.array([value * self.one]), layer)
+        return int(m[0]), s
+
+    def _offsets(self, b: Array, layer: str) -> Array:
+        offsets = np.rint(b * self.one)
+        if np.abs(offsets).max(initial=0) >= _LIMIT:
+            raise ExportError(f"{layer}: an offset of {np.abs(b).max():.3g} does not fit a potential with {self.fraction_bits} "
+                              "fraction bits. Is a batch norm's running variance zero?")
+        return offsets.astype(np.int32)
+
+    def conv(self, conv: Conv, a: Array, b: Array) -> str:
+        """Write a convolution: potential = a[o] * accumulator + b[o]."""
+        largest = conv.largest()
+        if largest >= _LIMIT:
+            raise ExportError(f"{conv.layer}: an accumulator may reach {largest}, past 2^31. Use fewer weight bits or fewer "
+                              "input channels.")
+        m, s = self._factors(a * self.one, conv.layer)
+        shape = conv.codes.shape
+        out = f"v{len(self.ops) + 1}"
+        self.packed[f"{out}.weight"] = (np.ascontiguousarray(conv.codes.transpose(0, 2, 3, 1)), conv.scheme)
+        extra: dict[str, Any] = {}
+        if conv.pad_value is not None and any(conv.padding) and conv.pad_value.any():
+            extra["pad_value"] = conv.pad_value.astype(np.int16)
+        result = self.write("conv", [conv.source], conv.layer, weight=f"{out}.weight", scheme=conv.scheme, shape=list(shape),
+                            stride=list(conv.stride), padding=list(conv.padding), groups=conv.groups, m=m, s=s,
+                            b=self._offsets(b, conv.layer), range=list(conv.range), **extra)
+        for kernel, stride, padding in conv.pools:
+            result = self.maxpool(result, kernel, stride, padding, conv.layer)
+        return result
+
+    def affine(self, source: str, a: Array, b: Array, from_potential: bool, layer: str) -> str:
+        """potential = a[c] * (potential or code) + b[c]."""
+        m, s = self._factors(a if from_potential else a * self.one, layer)
+        offsets = self._offsets(b, layer)
+        uniform = bool((m == m[0]).all() and (offsets == offsets[0]).all())
+        return self.write("affine", [source], layer, m=int(m[0]) if uniform else m, s=s,
+                          b=int(offsets[0]) if uniform else offsets)
+
+    def quantize(self, source: str, factor: Array, low: int, high: int, dtype: str, layer: str) -> str:
+        """codes = clip(round(factor[c] * x), low, high) of a real x given as a potential."""
+        if (factor == factor[0]).all():
+            m, s = fixed_pair(float(factor[0]))
+            if s + self.fraction_bits > 62:
+                m, s = fixed_pair(float(factor[0]) / self.one)
+                return self.write("quantize", [source], layer, m=m, s=s, lo=low, hi=high, dtype=dtype)
+            return self.write("quantize", [source], layer, m=m, s=s + self.fraction_bits, lo=low, hi=high, dtype=dtype)
+        multipliers, shift = self._factors(factor / self.one, layer)
+        return self.write("quantize", [source], layer, m=multipliers, s=shift, lo=low, hi=high, dtype=dtype)
+
+    def maxpool(self, source: str, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+                layer: str) -> str:
+        """Maximum over windows, of any kind of value."""
+        return self.write("maxpool", [source], layer, kernel=list(kernel), stride=list(stride), padding=list(padding))

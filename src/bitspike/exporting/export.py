@@ -1,0 +1,239 @@
+"""`export_model`: trace, calibrate, fold, pack, compare."""
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bitspike.deploy import artifact, load
+from bitspike.exporting.emit import Program
+from bitspike.exporting.fold import Folder
+from bitspike.exporting.lower import Layer, Value
+from bitspike.exporting.trace import ExportError, Observer, trace
+
+FRACTION_BITS = 16
+_HEADROOM = 16  # potentials may grow this much past calibration before they saturate
+_BATCH = 32
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how well it agrees with the model. `str(report)` is a text for people.
+
+    bytes: of the file. agreement: share of `samples` pictures with the same top-1 class. largest_difference: of a logit.
+    operations: number of each operation. layers: every matrix product. notes: what was approximated, and where.
+    """
+
+    path: Path
+    bytes: int
+    agreement: float
+    largest_difference: float
+    samples: int
+    fraction_bits: int
+    operations: Mapping[str, int]
+    layers: Sequence[Layer]
+    notes: Sequence[str]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return sum(layer.weights for layer in self.layers)
+
+    def __str__(self) -> str:
+        inputs = Counter(layer.input for layer in self.layers)
+        floats = [layer.name for layer in self.layers if layer.from_float]
+        lines = [f"{self.path}: {self.bytes:,} bytes, {self.weights:,} weights in {len(self.layers)} layers "
+                 f"(inputs: {', '.join(f'{n} {kind}' for kind, n in sorted(inputs.items()))})",
+                 f"agreement with the torch model: {self.agreement:.2%} of {self.samples} pictures, largest logit difference "
+                 f"{self.largest_difference:.2g}; potentials have {self.fraction_bits} fraction bits"]
+        if floats:
+            more = f", ... ({len(floats) - 4} more)" if len(floats) > 4 else ""
+            lines.append(f"full-precision layers, deployed with 8 bits: {', '.join(floats[:4])}{more}")
+        return "\n".join([*lines, *self.notes])
+
+
+def _normalised(pixels: Pixels, mean: NDArray[Any], std: NDArray[Any]) -> Tensor:
+    x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div(255)
+    shape = (1, -1, 1, 1)
+    return (x - torch.from_numpy(mean).float().view(shape)) / torch.from_numpy(std).float().view(shape)
+
+
+def calibrate_norms(model: nn.Module, pixels: Pixels, mean: Sequence[float], std: Sequence[float], batch: int = 32) -> None:
+    """Give every batch norm the exact mean and variance of these pictures, and every quantizer its first step.
+
+    For models that were never trained ("how large would it be?"): runs the pictures in training mode, without gradients.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before, training = [norm.momentum for norm in norms], model.training
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+    model.train()
+    with torch.no_grad():
+        for i in range(0, len(pixels), batch):
+            model(_normalised(pixels[i:i + batch], np.asarray(mean, float), np.asarray(std, float)))
+    model.train(training)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+
+
+def _check_arguments(pixels: Pixels, mean: NDArray[Any], std: NDArray[Any], shape: tuple[int, int, int]) -> None:
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != shape or not len(pixels):
+        raise ExportError(f"calibration pictures must be uint8 [N, {', '.join(map(str, shape))}], found {pixels.dtype} "
+                          f"{list(pixels.shape)}.")
+    if mean.shape != (shape[2],) or std.shape != (shape[2],) or not (std > 0).all():
+        raise ExportError(f"mean and std must be {shape[2]} numbers each, std positive; found {mean.tolist()} and "
+                          f"{std.tolist()}.")
+
+
+def _fold(module: torch.fx.GraphModule, steps: int, mean: NDArray[Any], std: NDArray[Any],
+          allow_float: bool) -> tuple[Program, Folder, Value]:
+    """The program, with as many fraction bits as the calibrated potentials leave room for."""
+    bits = FRACTION_BITS
+    while True:
+        program = Program(bits, steps)
+        folder = Folder(module, program, mean=mean, std=std, allow_float=allow_float)
+        logits = folder.run()
+        if bits == 0 or folder.lowering.largest * _HEADROOM < 2.0 ** (31 - bits):
+            return program, folder, logits
+        bits -= 1
+
+
+def _pack(program: Program) -> dict[str, NDArray[Any]]:
+    packed = {name: artifact.pack_codes(codes, scheme) for name, (codes, scheme) in program.packed.items()}
+    return {**program.tensors, **packed}
+
+
+def _compare(path: Path, model: nn.Module, pixels: Pixels, mean: NDArray[Any], std: NDArray[Any]) -> tuple[float, float]:
+    """(share of equal top-1 classes, largest difference of a logit) between the file and the model."""
+    net, same, largest = load(path), 0, 0.0
+    for i in range(0, len(pixels), _BATCH):
+        batch = pixels[i:i + _BATCH]
+        with torch.no_grad():
+            expected = model(_normalised(batch, mean, std)).numpy()
+        found = net(np.ascontiguousarray(batch))
+        same += int((found.argmax(1) == expected.argmax(1)).sum())
+        largest = max(largest, float(np.abs(found - expected).max()))
+    return same / len(pixels), largest
+
+
+def export_model(model: nn.Module, path: str | os.PathLike[str], *, mean: Sequence[float], std: Sequence[float],
+                 image_size: int | tuple[int, int], channels: int = 3, classes: Sequence[str], calibration_images: Pixels,
+                 name: str, time_steps: int = 1, resize: int | None = None, provenance: Mapping[str, Any] | None = None,
+                 min_agreement: float = 0.99, check_images: Pixels | None = None, allow_float: bool = True) -> ExportReport:
+    """Write a torch model as an integer artifact and prove that both agree on real pictures.
+
+    The model is not changed; it is copied, in float32 and evaluation mode.
+
+    Args:
+        model: takes normalised pictures float [B, C, H, W], returns logits [B, classes].
+        path: the file, conventionally `*.bitspike`; appears whole or not at all.
+        mean, std: of the normalisation x = (pixel / 255 - mean) / std, one number per channel; it becomes part of the program.
+        image_size: height and width (one number: both). channels: 3 or 1. resize: shorter side before the centre crop.
+        classes: one name per logit. name: free text, usually the recipe.
+        calibration_images: uint8 [N, H, W, C]; they set the ranges of 8-bit inner activations and of the potentials. Some
+            hundred pictures of the training set are enough.
+        time_steps: T of the model. provenance: free JSON object, stored; the measured agreement is added to it.
+        min_agreement: smallest share of pictures with the same top-1 class; 0 switches the refusal off.
+        check_images: pictures to compare on, default the calibration pictures; use 256 or more.
+        allow_float: full-precision layers become 8-bit codes; False: they are an error.
+    Errors: ExportError: an operation without an integer form (with its place), arguments that cannot be meant, or less
+        agreement than asked for; then there is no file.
+
+    >>> import tempfile
+    >>> from bitspike.neurons import IELIF
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), IELIF(4), nn.Flatten(), nn.Linear(4 * 6 * 6, 2))
+    >>> pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), np.uint8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report = export_model(net, folder + "/net.bitspike", mean=[0.5], std=[0.25], image_size=8, channels=1,
+    ...                           classes=["a", "b"], calibration_images=pixels, name="demo", min_agreement=0.9)
+    >>> report.weights, report.samples
+    (324, 64)
+    """
+    target = Path(path)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    means, stds = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+    shape = (height, width, channels)
+    check = calibration_images if check_images is None else check_images
+    _check_arguments(calibration_images, means, stds, shape)
+    _check_arguments(check, means, stds, shape)
+    model = copy.deepcopy(model).cpu().float().eval()
+    with parametrize.cached():
+        module = trace(model)
+        _calibrate(model, module, calibration_images, means, stds, time_steps, len(classes))
+        program, folder, logits = _fold(module, time_steps, means, stds, allow_float)
+        picture = {"height": height, "width": width, "channels": channels, "resize": resize}
+        header: dict[str, Any] = {
+            "name": name, "input": picture, "classes": list(classes), "time_steps": time_steps,
+            "fraction_bits": program.fraction_bits, "program": program.ops, "output": logits.source,
+            "provenance": dict(provenance or {})}
+        tensors, notes = _pack(program), tuple(folder.lowering.notes)
+        draft = target.with_name(f".{target.name}.{os.getpid()}.check")
+        try:
+            artifact.write(draft, header, tensors)
+            agreement, largest = _compare(draft, model, check, means, stds)
+            if agreement < min_agreement:
+                raise ExportError(
+                    f"the integer program agrees with the torch model on {agreement:.2%} of {len(check)} pictures (largest "
+                    f"logit difference {largest:.3g}); {min_agreement:.2%} are asked for, so nothing was written. Calibrate "
+                    "on more or more typical pictures, put neurons in front of layers with real-valued inputs, or pass a smaller "
+                    f"min_agreement.{''.join(' ' + note + '.' for note in notes)}")
+            header["provenance"]["agreement"] = {"top1": agreement, "largest_logit_difference": largest, "samples": len(check)}
+            artifact.write(target, header, tensors)
+        finally:
+            draft.unlink(missing_ok=True)
+    return ExportReport(target, target.stat().st_size, agreement, largest, len(check), program.fraction_bits,
+                        dict(Counter(op["op"] for op in program.ops)), tuple(folder.lowering.layers), notes)
+
+
+def _calibrate(model: nn.Module, module: torch.fx.GraphModule, pixels: Pixels, mean: NDArray[Any], std: NDArray[Any],
+               time_steps: int, classes: int) -> None:
+    """Run the graph on all pictures; on the first batch prove that it is the model."""
+    observer = Observer(module)
+    for i in range(0, len(pixels), _BATCH):
+        x = _normalised(pixels[i:i + _BATCH], mean, std)
+        found = observer.run(x)
+        if i:
+            continue
+        with torch.no_grad():
+            expected = model(x)
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
+            raise ExportError(f"the traced graph of {type(model).__name__} does not compute what the model computes (logits "
+                              f"{list(found.shape)} and {list(expected.shape)}). Does its forward depend on the data, or on "
+                              "modules that change between calls?")
+        if expected.shape != (len(x), classes):
+            raise ExportError(f"the model returns {list(expected.shape)}; with {classes} class names it must return "
+                              f"[{len(x)}, {classes}].")
+    steps = max((node.meta["sizes"].get("T", 1) for node in module.graph.nodes if "sizes" in node.meta), default=1)
+    if steps != time_steps:
+        raise ExportError(f"the model runs {steps} time steps, time_steps={time_steps} was given.")
+
+
+def explain(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """What became of which layer: one row per operation of an artifact, in execution order.
+
+    Row: "op", "out" (id of its value), "layer" (the torch module's name, "" if none), "kind", "shape" ([steps, height, width,
+    channels] of the value), "weights", "bits" (0 without weights).
+    Errors: `bitspike.deploy.ArtifactError`.
+    """
+    found = artifact.read(path)
+    rows = []
+    for op, entry in zip(found.program.ops, found.header["program"], strict=True):
+        value = found.program.values[op.output]
+        rows.append({"op": op.name, "out": op.output, "layer": op.layer or "", "kind": value.kind,
+                     "shape": [value.steps, value.height, value.width, value.channels],
+                     "weights": int(np.prod(entry["shape"])) if "shape" in entry else 0,
+                     "bits": entry["scheme"]["bits"] if "scheme" in entry else 0})
+    return rows

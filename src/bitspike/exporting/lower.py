@@ -1,0 +1,296 @@
+"""Operations on values: how each piece of a network becomes integer operations of a `Program`."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bitspike.exporting.emit import Array, Conv, Program
+from bitspike.exporting.trace import ExportError
+from bitspike.neurons import IELIF, LIF
+
+
+@dataclass(frozen=True)
+class Value:
+    """The real tensor `a[c] * raw + b[c]`; raw: codes of `source`, its potential / 2^F, or an accumulator of a `Conv`."""
+
+    source: str | Conv
+    kind: str  # "u8", "s8", "i32"; "acc" for a Conv
+    a: Array  # float64 [C]
+    b: Array
+    height: int
+    width: int
+    steps: int
+    range: tuple[int, int] = (0, 0)  # of codes
+    top: Array | None = None  # largest |x| seen in calibration, [C] or [1]
+    border: tuple[int, Array] | None = None  # pixels around it that are not stored yet, and their value [C]
+    pixels: bool = False
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return len(self.a)
+
+    @property
+    def plain(self) -> bool:
+        """Is raw already the potential of the value?"""
+        return self.kind == "i32" and bool((self.a == 1).all() and (self.b == 0).all())
+
+
+@dataclass
+class Codes:
+    """Weight codes [O, I/groups, kh, kw] with a scale per output channel."""
+
+    codes: Array
+    scale: Array  # float64 [O]
+    scheme: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One matrix product of the program, for the report."""
+
+    name: str
+    scheme: str
+    bits: int
+    weights: int
+    input: str  # "pixels", "spikes", "counts", "codes"
+    from_float: bool  # the model keeps it in full precision
+
+
+def weight_codes(weight: Tensor, fold: Array | None = None) -> Codes:
+    """Full-precision weights [O, ...] -> 8-bit codes per output channel; fold [I/groups]: factors of the input channels."""
+    w = weight.detach().double().cpu().numpy()
+    if fold is not None:
+        w = w * fold[None, :, None, None]
+    scale = np.maximum(np.abs(w).reshape(len(w), -1).max(1), 1e-30) / 127
+    codes = np.rint(w / scale.reshape(-1, *[1] * (w.ndim - 1))).astype(np.int32)
+    return Codes(codes, scale, {"kind": "uniform", "bits": 8})
+
+
+def vector(x: Any, channels: int) -> Array:
+    """A number, or one number per channel, as float64 [C]."""
+    return np.broadcast_to(np.asarray(x, np.float64).reshape(-1), (channels,)).copy()
+
+
+class Lowering:
+    """Writes operations on values into a program.
+
+    `layers` lists the matrix products, `notes` what is approximated, `largest` the largest |potential| seen in calibration
+    at a place where it must not saturate.
+    """
+
+    def __init__(self, program: Program, allow_float: bool) -> None:
+        self.program, self.allow_float = program, allow_float
+        self.largest = 0.0
+        self.layers: list[Layer] = []
+        self.notes: list[str] = []
+
+    # -------------------------------------------------------------------------------------- affine maps
+    def affine(self, x: Value, g: Array, h: Array, layer: str) -> Value:
+        """g[c] * x + h[c]."""
+        if x.kind == "acc" and isinstance(x.source, Conv) and x.source.pools and not (g > 0).all():
+            x = self.potential(x, layer)  # a maximum commutes with growing maps only
+        border = None if x.border is None else (x.border[0], x.border[1] * g + h)
+        top = None if x.top is None else x.top * np.abs(g) + np.abs(h)
+        return replace(x, a=x.a * g, b=x.b * g + h, border=border, top=top)
+
+    def potential(self, x: Value, layer: str, saturates: bool = False) -> Value:
+        """The value as an int32 potential of the program; saturates: its reader clips it anyway."""
+        if x.top is not None and not saturates:
+            self.largest = max(self.largest, float(x.top.max()))
+        if x.border is not None:
+            raise ExportError(f"{layer}: the border of a NormPad must go straight (or through batch norm and a stateless "
+                              "IELIF) into a convolution without padding of its own.")
+        if x.plain:
+            return x
+        if isinstance(x.source, Conv):
+            source = self.program.conv(x.source, x.a, x.b)
+        else:
+            source = self.program.affine(x.source, x.a, x.b, x.kind == "i32", layer)
+        return replace(x, source=source, kind="i32", a=np.ones(x.channels), b=np.zeros(x.channels), pixels=False)
+
+    def add(self, x: Value, y: Value, layer: str) -> Value:
+        """x + y of the same shape."""
+        if (x.channels, x.height, x.width) != (y.channels, y.height, y.width):
+            raise ExportError(f"{layer}: a sum that broadcasts over space or channels cannot be exported; only "
+                              "time may differ.")
+        x, y = self.potential(x, layer), self.potential(y, layer)
+        source = self.program.write("add", [str(x.source), str(y.source)], layer)
+        return replace(x, source=source, steps=max(x.steps, y.steps))
+
+    # ------------------------------------------------------------------------------------------- neurons
+    def neuron(self, module: LIF | IELIF, x: Value, layer: str) -> Value:
+        """Potential -> spikes or counts."""
+        T = self.program.time_steps
+        if isinstance(module, IELIF) and (module.decay is None or T == 1):
+            return self._stateless(module, x, layer)
+        if isinstance(module, IELIF):
+            assert module.decay is not None
+            x = self.potential(self.affine(x, np.array(module.gain), np.zeros(1), layer), layer)  # in units of one count
+            source = self.program.write("ielif", [str(x.source)], layer, levels=module.levels,
+                                        decay=self.program.pair(module.decay), steps=T)
+            return self._spikes(x, source, module.levels, module.scale, T)
+        if module.membrane is not None:
+            raise ExportError(f"{layer}: a LIF neuron with a quantized membrane potential cannot be deployed yet. Remove the "
+                              "'membrane' rule from the spec, or evaluate it in torch.")
+        x = self.potential(x, layer)
+        gain = 1 - module.decay if module.scale_input else 1.0
+        source = self.program.write("lif", [str(x.source)], layer, decay=self.program.pair(module.decay),
+                                    gain=self.program.pair(gain), threshold=round(module.threshold * self.program.one),
+                                    reset=module.reset, steps=T, strict=module.strict)
+        return self._spikes(x, source, 1, 1.0, T)
+
+    def _stateless(self, module: IELIF, x: Value, layer: str) -> Value:
+        border = None
+        if x.border is not None:  # a constant border fires a constant count
+            count = np.floor(np.clip(x.border[1] * module.gain, 0, module.levels) + 0.5)
+            border, x = (x.border[0], count * module.scale), replace(x, border=None)
+        x = self.potential(x, layer, saturates=True)
+        source = self.program.quantize(str(x.source), np.array([module.gain]), 0, module.levels, "u8", layer)
+        return replace(self._spikes(x, source, module.levels, module.scale, x.steps), border=border)
+
+    @staticmethod
+    def _spikes(x: Value, source: str, levels: int, scale: float, steps: int) -> Value:
+        return replace(x, source=source, kind="u8", a=np.full(x.channels, float(scale)), steps=steps, range=(0, levels))
+
+    def attention(self, q: Value, k: Value, v: Value, heads: int, scale: float, layer: str) -> Value:
+        """scale * q (k^T v) of spikes or counts."""
+        for x in (q, k, v):
+            if x.kind != "u8" or x.b.any() or (x.a != x.a[0]).any() or x.border or x.pixels:
+                raise ExportError(f"{layer}: spike_attention needs spikes or counts on q, k and v; put a neuron on "
+                                  "each.")
+        m, s = self.program.factor(scale * float(q.a[0] * k.a[0] * v.a[0]), layer)
+        source = self.program.write("attention", [str(x.source) for x in (q, k, v)], layer, heads=heads, m=m, s=s)
+        return replace(q, source=source, kind="i32", a=np.ones(q.channels), b=np.zeros(q.channels),
+                       steps=max(q.steps, k.steps, v.steps))
+
+    # -------------------------------------------------------------------------------------- convolutions
+    def conv(self, x: Value, codes: Codes | None, weight: Tensor, bias: Tensor | None, stride: tuple[int, int],
+             padding: tuple[int, int], groups: int, layer: str) -> Value:
+        """A convolution of codes; codes None: a full-precision weight, deployed with 8 bits."""
+        from_float = codes is None
+        if from_float and not self.allow_float:
+            raise ExportError(f"{layer}: full-precision weights, and allow_float is off. Give the layer a scheme in the spec "
+                              '(Scheme("lsq", 8) for example).')
+        depthwise = groups == x.channels
+        x, zero, fold = self._codes(x, depthwise, from_float and groups == 1, padding, layer)
+        if codes is None:
+            codes = weight_codes(weight, fold)
+        O, per, kh, kw = codes.codes.shape
+        inputs = (np.arange(O) // (O // groups) * per)[:, None] + np.arange(per)  # [O, I/groups]: channel each code sees
+        pad_value = np.rint(zero).astype(np.int64)
+        if x.border is not None:
+            if padding != (0, 0):
+                raise ExportError(f"{layer}: its input already has a border (NormPad); the convolution needs padding=0.")
+            padding = (x.border[0], x.border[0])
+            pad_value = np.clip(np.rint(x.border[1] / x.a), *x.range).astype(np.int64)
+        # y = sum w s_i (code - zero_i) + bias; the scale s_i is one number, or one per group, or already in the weights
+        scale = codes.scale * (1.0 if fold is not None else x.a[inputs[:, 0]])
+        offset = -scale * np.einsum("oihw,oi->o", codes.codes.astype(np.float64), zero[inputs])
+        if bias is not None:
+            offset = offset + bias.detach().double().cpu().numpy()
+        self.layers.append(Layer(layer, codes.scheme["kind"], codes.scheme["bits"], codes.codes.size, self._input_kind(x),
+                                 from_float))
+        pending = Conv(str(x.source), codes.codes, codes.scheme, stride, padding, groups,
+                       pad_value if pad_value.any() else None, x.range, layer)
+        height = (x.height + 2 * padding[0] - kh) // stride[0] + 1
+        width = (x.width + 2 * padding[1] - kw) // stride[1] + 1
+        return Value(pending, "acc", scale, offset, height, width, x.steps)
+
+    @staticmethod
+    def _input_kind(x: Value) -> str:
+        if x.pixels:
+            return "pixels"
+        return "codes" if x.kind == "s8" else "spikes" if x.range == (0, 1) else "counts"
+
+    def _codes(self, x: Value, depthwise: bool, foldable: bool, padding: tuple[int, int], layer: str) \
+            -> tuple[Value, Array, Array | None]:
+        """The input of a convolution as codes: (value of kind u8 or s8, zero point [I], factors for the weights or None)."""
+        if x.kind in ("u8", "s8") and x.a.all():
+            zero = -x.b / x.a
+            padded = any(padding) or x.border is not None
+            uniform = depthwise or bool((x.a == x.a[0]).all())
+            if (uniform or foldable) and (not padded or self._zero_is_a_code(x, zero, layer)):
+                return x, zero, None if uniform else x.a
+        if x.pixels:
+            return self._lookup(x, layer), np.zeros(x.channels), None
+        return self._eight_bits(x, depthwise, layer), np.zeros(x.channels), None
+
+    def _zero_is_a_code(self, x: Value, zero: Array, layer: str) -> bool:
+        """Can the real 0 around the picture (or the border of a NormPad) be written as a code of this value?"""
+        if x.border is not None:
+            return not zero.any()
+        off = np.abs(zero - np.rint(zero)).max()
+        low, high = (0, 255) if x.kind == "u8" else (-127, 127)
+        # around a picture half a grey level is less than its noise; around counts it would be half a spike
+        if np.rint(zero).min() < low or np.rint(zero).max() > high or off > (0.5 if x.pixels else 1e-6):
+            return False
+        if off > 1e-3:
+            self.notes.append(f"{layer}: the border of the picture is rounded to whole grey levels")
+        return True
+
+    def _lookup(self, x: Value, layer: str) -> Value:
+        """Normalised pixels as signed codes by a table: channels with scales of their own."""
+        real = x.a[:, None] * np.arange(256.0) + x.b[:, None]
+        step = np.abs(real).max() / 127
+        self.notes.append(f"{layer}: pixels are normalised per channel through a table with the step {step:.4f}")
+        source = self.program.write("lookup", [str(x.source)], layer, table=np.rint(real / step).astype(np.int8))
+        return replace(x, source=source, kind="s8", a=np.full(x.channels, step), b=np.zeros(x.channels), range=(-127, 127))
+
+    def _eight_bits(self, x: Value, per_channel: bool, layer: str) -> Value:
+        """A real-valued input as calibrated signed 8-bit codes."""
+        border = x.border
+        top = np.broadcast_to(np.asarray(x.top), (x.channels,)).copy()
+        x = self.potential(replace(x, border=None), layer)
+        largest = float(top.max())
+        if largest == 0:
+            largest = 1.0  # the calibration pictures never reach this input
+        step = (np.maximum(top, largest * 2.0**-12) if per_channel else np.full(x.channels, largest)) / 127
+        source = self.program.quantize(str(x.source), 1 / step, -127, 127, "s8", layer)
+        return replace(x, source=source, kind="s8", a=step, border=border, range=(-127, 127))
+
+    # ------------------------------------------------------------------------------------ pools and means
+    def maxpool(self, x: Value, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+                layer: str) -> Value:
+        """Maximum over windows; on the potential of a convolution, growing maps behind it still fold."""
+        height = (x.height + 2 * padding[0] - kernel[0]) // stride[0] + 1
+        width = (x.width + 2 * padding[1] - kernel[1]) // stride[1] + 1
+        if isinstance(x.source, Conv) and x.border is None:
+            x.source.pools.append((kernel, stride, padding))
+            return replace(x, height=height, width=width)
+        if x.border is not None or not (x.a > 0).all():
+            x = self.potential(x, layer)
+        source = self.program.maxpool(str(x.source), kernel, stride, padding, layer)
+        return replace(x, source=source, height=height, width=width)
+
+    def avgpool(self, x: Value, kernel: tuple[int, int], stride: tuple[int, int], layer: str) -> Value:
+        """Mean over windows: over everything the op `mean`, else a depthwise convolution with ones."""
+        if kernel == (x.height, x.width):
+            return self.mean(x, "space", layer)
+        n = kernel[0] * kernel[1]
+        x, zero, _ = self._codes(x, True, False, (0, 0), layer)
+        if x.border is not None:
+            raise ExportError(f"{layer}: average pooling of a NormPad cannot be exported; pool before it.")
+        ones = np.ones((x.channels, 1, *kernel), np.int32)
+        pending = Conv(str(x.source), ones, {"kind": "binary", "bits": 1}, stride, (0, 0), x.channels, None, x.range, layer)
+        return Value(pending, "acc", x.a / n, -x.a * zero, (x.height - kernel[0]) // stride[0] + 1,
+                     (x.width - kernel[1]) // stride[1] + 1, x.steps)
+
+    def mean(self, x: Value, over: str, layer: str) -> Value:
+        """Mean over space or time; affine maps behind or before it commute."""
+        if (x.steps if over == "time" else x.height * x.width) == 1:
+            return x
+        if x.kind == "acc" or x.border is not None:
+            x = self.potential(x, layer)
+        m = 1
+        if x.kind != "i32":  # the mean of codes in potential units; scales that fit exactly go in at once
+            scale = float(x.a[0]) * self.program.one
+            exact = bool((x.a == x.a[0]).all()) and scale.is_integer() and 0 < scale < 2**31
+            m = int(scale if exact else self.program.one)
+            x = replace(x, a=x.a * (self.program.one / m))
+        source = self.program.write("mean", [str(x.source)], layer, over=over, m=m)
+        size = {"steps": 1} if over == "time" else {"height": 1, "width": 1}
+        return replace(x, source=source, kind="i32", pixels=False, **size)  # type: ignore[arg-type]
