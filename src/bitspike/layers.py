@@ -60,7 +60,8 @@ def quantize_(model: nn.Module, spec: QuantSpec) -> nn.Module:
             raise SpecError(f"layer {name!r} is already quantized; call quantize_ once, on the full-precision model.")
     for name, scheme in weights.items():
         layer = layers[name]
-        quantizer = make_quantizer(scheme, layer.weight).to(layer.weight.device)
+        weight = latent_weight(layer)
+        quantizer = make_quantizer(scheme, weight).to(weight.device)
         # unsafe: skips a trial run that would initialise the steps before any checkpoint is loaded
         parametrize.register_parametrization(layer, "weight", quantizer, unsafe=True)
     for name, scheme in membranes.items():

@@ -86,6 +86,7 @@ class LSQ(Quantizer):
     """
 
     deploys_as = "uniform"
+    initialized: Tensor
 
     def __init__(self, bits: int, channels: int = 1, init: str = "tensor") -> None:
         super().__init__()
@@ -261,7 +262,8 @@ class Binary(Quantizer):
 
     Args: gradient, scale, zero ("plus"; "published": torch.sign, whose third level 0 cannot be deployed).
     Deploys as: scheme `binary`. Source: IR-Net (CVPR 2020); BESTformer (scale "none", "ste"); Q-SNN ("pow2", "ir_net").
-    Differs from the released code: a constant channel has its std floored at 1e-8 instead of dividing by zero.
+    Differs from the released code: a constant channel, or one of a single weight, has its std floored at 1e-8 instead of
+    dividing by zero; all its codes are sign(0).
 
     >>> Binary().codes(torch.tensor([[3.0, 1.0, 2.0, 2.0]]))[0].tolist()
     [[1, -1, 1, 1]]
@@ -269,6 +271,7 @@ class Binary(Quantizer):
 
     deploys_as = "binary"
     bits = 1
+    progress: Tensor
 
     def __init__(self, gradient: str = "ste", scale: str = "none", zero: str = "plus") -> None:
         super().__init__()
@@ -286,7 +289,8 @@ class Binary(Quantizer):
     def _normalise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         axes = _over_channels(w)
         centred = w - w.mean(axes, keepdim=True)
-        normal = centred / centred.std(axes, keepdim=True).clamp_min(_SMALLEST)
+        std = centred.std(axes, keepdim=True, correction=min(1, w[0].numel() - 1))  # of a single weight: 0, not NaN
+        normal = centred / std.clamp_min(_SMALLEST)
         if self.scale == "none":
             return normal, torch.ones_like(w[:, 0].reshape(w.shape[0], -1)[:, 0]).detach()
         if self.scale == "mean":
@@ -316,7 +320,8 @@ class Binary(Quantizer):
 class Membrane(nn.Module):
     """k-bit membrane potential, applied after fire and reset, before the potential is stored.
 
-        z = tanh(u) (or u);  out = a * round( clip(z/a, -1, 1) * Q ) / Q,   Q = 2^(k-1) - 1;   gradient of tanh where |z| < a
+        z = tanh(u) (or u);  codes = clip( round(z / (a/Q)), -Q, Q ),  out = codes * (a/Q),  Q = 2^(k-1) - 1
+        gradient of tanh where |z| < a, 0 beyond
     a: "running" (default): a buffer, the running maximum of max|z| in training (momentum 0.1), fixed in evaluation, so no
     sample depends on its neighbours; "batch" (published): max|z| of this very batch, in evaluation too.
 
@@ -333,31 +338,33 @@ class Membrane(nn.Module):
             raise ValueError(f"Membrane: scale={scale!r}; allowed: 'running', 'batch'.")
         self.bits, self.scale, self.tanh, self.momentum = bits, scale, tanh, momentum
         self.high = 2 ** (bits - 1) - 1
+        self.bound: Tensor
         self.register_buffer("bound", torch.zeros(()))
 
-    def _bound(self, z: Tensor) -> Tensor:
+    def _bound(self, z: Tensor, update: bool) -> Tensor:
+        """a; `update` moves the running one."""
         top = z.detach().abs().amax()
         if self.scale == "batch":
             return top.clamp_min(_SMALLEST)
-        if self.training or self.bound == 0:  # the first batch sets it, whatever the mode
+        if update or self.bound == 0:  # the first batch sets it, whatever the mode
             with torch.no_grad():
                 self.bound.copy_(top if self.bound == 0 else torch.lerp(self.bound, top.to(self.bound.dtype), self.momentum))
         return self.bound.clamp_min(_SMALLEST).to(z.dtype)
 
     def forward(self, u: Tensor) -> Tensor:
         z = torch.tanh(u) if self.tanh else u
-        a = self._bound(z)
-        inside = (z.detach() / a).clamp(-1, 1)
-        levels = (inside * self.high).round_()
+        a = self._bound(z, self.training)
+        step = a / self.high
+        levels = (z.detach() / step).round_().clamp_(-self.high, self.high)
         # as in the released code, the clip stops the gradient at the bound itself, not only beyond it
-        return _Straight.apply(z, a * levels / self.high, z.detach().abs() < a)  # type: ignore[no-any-return]
+        return _Straight.apply(z, levels.mul_(step), z.detach().abs() < a)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def codes(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Potential -> (int32 codes in -Q..Q, scale of shape [1])."""
+        """Potential -> (int32 codes in -Q..Q, scale of shape [1]); the running bound stays what it is."""
         z = torch.tanh(u) if self.tanh else u
-        a = self._bound(z)
-        return ((z / a).clamp(-1, 1) * self.high).round_().int(), (a / self.high).reshape(1)
+        step = self._bound(z, False) / self.high
+        return (z / step).round_().clamp_(-self.high, self.high).int(), step.reshape(1)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, scale={self.scale!r}, tanh={self.tanh}"

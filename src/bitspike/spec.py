@@ -59,21 +59,23 @@ class Scheme:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise SpecError(f"unknown scheme kind {self.kind!r}{_nearest(self.kind, KINDS)}; allowed: {', '.join(KINDS)}.")
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            raise SpecError(f"unknown scheme kind {self.kind!r}{_nearest(str(self.kind), KINDS)}; allowed: {', '.join(KINDS)}.")
         widths = KINDS[self.kind]
         if self.bits == 0 and len(widths) == 1:
             object.__setattr__(self, "bits", widths[0])
-        if isinstance(self.bits, bool) or self.bits not in widths:
+        if type(self.bits) is not int or self.bits not in widths:
             hint = ' For one bit use Scheme("binary").' if self.bits == 1 else ""
             raise SpecError(f"Scheme {self.kind!r} with bits={self.bits}: allowed are "
                             f"{', '.join(map(str, widths))}.{hint}")
         if self.per not in ("channel", "tensor"):
             raise SpecError(f"Scheme {self.kind!r} with per={self.per!r}: allowed are 'channel', 'tensor'.")
+        if not isinstance(self.options, Mapping):
+            raise SpecError(f"Scheme {self.kind!r} with options={self.options!r}: they must be an object, name -> value.")
         known = OPTIONS.get(self.kind, {})
         for name, value in self.options.items():
             if name not in known:
-                raise SpecError(f"Scheme {self.kind!r} has no option {name!r}{_nearest(name, known)}; "
+                raise SpecError(f"Scheme {self.kind!r} has no option {name!r}{_nearest(str(name), known)}; "
                                 f"allowed: {', '.join(known) or 'none'}.")
             if value not in known[name]:
                 raise SpecError(f"Scheme {self.kind!r}, option {name}={value!r}: allowed are "
@@ -94,7 +96,7 @@ class Scheme:
         unknown = set(data) - {"kind", "bits", "per", "options"}
         if unknown:
             raise SpecError(f"a scheme has no key {sorted(unknown)[0]!r}; allowed: kind, bits, per, options.")
-        return cls(data["kind"], data.get("bits", 0), data.get("per", "channel"), dict(data.get("options", {})))
+        return cls(data["kind"], data.get("bits", 0), data.get("per", "channel"), data.get("options", {}))
 
 
 @dataclass(frozen=True)
