@@ -6,11 +6,13 @@
 """
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ class RunError(RuntimeError):
 
 def build(recipe: Recipe) -> nn.Module:
     """The recipe's model with its quantizers, freshly initialised from the recipe's seed."""
-    torch.manual_seed(recipe.seed)
-    model = recipe.model(**recipe.model_options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = recipe.model(**recipe.model_options)
     spec = recipe.quant_spec()
     return model if spec is None else quantize_(model, spec)
 
@@ -65,8 +68,8 @@ def save_checkpoint(run: Path, weights: Mapping[str, Mapping[str, Tensor]], spec
     _sync(new)
     if current.exists():  # a folder cannot be replaced in one step: between these two, checkpoint.old is the whole one
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(current, old)
-    os.rename(new, current)
+        current.rename(old)
+    new.rename(current)
     _sync(run)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -77,6 +80,20 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def sole_trainer(run: Path, active: bool) -> Iterator[None]:
+    """Hold RUN/lock, which the system lets go when the process ends, however it ends. Errors: RunError if it is held."""
+    if not active:
+        yield
+        return
+    with (run / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{run}: another process is training it; wait for it or choose another --out.") from None
+        yield
 
 
 def checkpoint_folder(run: Path) -> Path | None:
@@ -131,21 +148,21 @@ def open_run(run: Path, recipe: Recipe, overrides: Mapping[str, str], data_hash:
     """
     if not run.exists() or not any(run.iterdir()):
         run.mkdir(parents=True, exist_ok=True)
-        config = {"recipe_name": recipe.name, "overrides": dict(overrides), "recipe": recipe.to_dict(),
+        config: dict[str, Any] = {"recipe_name": recipe.name, "overrides": dict(overrides), "recipe": recipe.to_dict(),
                   "data_hash": data_hash, "commit": _commit(), "versions": _versions()}
         temporary = run / "config.json.new"
         temporary.write_text(json.dumps(config, indent=1))
-        os.replace(temporary, run / "config.json")
+        temporary.replace(run / "config.json")
         return None
     if sorted(p.name for p in run.iterdir()) == ["config.json.new"]:  # killed in its first moment
         (run / "config.json.new").unlink()
         return open_run(run, recipe, overrides, data_hash)
-    config = read_config(run)
-    different = differences(config["recipe"], recipe.to_dict())
-    if config.get("data_hash") != data_hash:
-        different.append(f"data: sha256 {str(config.get('data_hash'))[:12]}... -> {data_hash[:12]}...")
+    stored = read_config(run)
+    different = differences(stored["recipe"], recipe.to_dict())
+    if stored.get("data_hash") != data_hash:
+        different.append(f"data: sha256 {str(stored.get('data_hash'))[:12]}... -> {data_hash[:12]}...")
     if different:
-        raise RunError(f"{run} is a run of recipe {config.get('recipe_name')!r} with other settings: "
+        raise RunError(f"{run} is a run of recipe {stored.get('recipe_name')!r} with other settings: "
                        f"{'; '.join(different)}. Choose another --out, or the same settings to go on.")
     return checkpoint_folder(run)
 
@@ -173,12 +190,16 @@ def _commit() -> str:
     """Commit of the source tree, "-dirty" if it has changes; "unknown" for an installed package."""
     here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "."], cwd=here,
-                                 capture_output=True, text=True, timeout=10, check=True)
+        _git("ls-files", "--error-unmatch", Path(__file__).name, folder=here)  # installed inside somebody's repository?
+        head, changes = _git("rev-parse", "HEAD", folder=here), _git("status", "--porcelain", "-uno", ".", folder=here)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+    return head + ("-dirty" if changes else "")
+
+
+def _git(*words: str, folder: Path) -> str:
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
 
 
 def _versions() -> dict[str, str]:

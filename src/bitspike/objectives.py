@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bitspike.neurons import IELIF, LIF
+from bitspike.neurons import Neuron
 from bitspike.recipe import Loss, Recipe
 
 
-def neurons(model: nn.Module) -> dict[str, LIF | IELIF]:
+def neurons(model: nn.Module) -> dict[str, Neuron]:
     """Name -> spiking neuron, in definition order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LIF | IELIF)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, Neuron)}
 
 
 def classification_loss(recipe: Recipe) -> Loss:
@@ -85,10 +86,11 @@ class _FollowSpikes(TorchDispatchMode):
                 for source in sources:
                     share = result.numel() * inner / len(reading) / len(sources)
                     self.macs[source] = self.macs.get(source, 0.0) + share
-        elif isinstance(result, Tensor):
-            tags = frozenset().union(*(self._of(a) for a in args))
-            if tags:
-                self.sources[result] = tags
+        else:
+            tags = frozenset().union(*(self._of(a) for a in tree_leaves(args)))
+            for tensor in tree_leaves(result) if tags else ():
+                if isinstance(tensor, Tensor):
+                    self.sources[tensor] = tags
         return result
 
 
@@ -130,7 +132,8 @@ def _watch(model: nn.Module, bad: list[str]) -> Iterator[None]:
             if isinstance(output, Tensor) and not bad and not bool(output.isfinite().all()):
                 broken = [n for n, p in module.named_parameters() if not bool(p.isfinite().all())]
                 fine = all(bool(i.isfinite().all()) for i in inputs if isinstance(i, Tensor) and i.is_floating_point())
-                why = f"its parameter {broken[0]!r} is not finite" if broken else "its input is finite" if fine else "its input is not"
+                why = (f"its parameter {broken[0]!r} is not finite" if broken
+                       else "its input is finite" if fine else "its input is not finite either")
                 bad.append(f"{name} ({type(module).__name__}; {why})")
 
         return check

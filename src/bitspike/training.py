@@ -3,37 +3,50 @@ from __future__ import annotations
 
 import copy
 import json
-import random
+import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from bitspike.checkpoints import (
-    RunError, build, load_run, load_weights, open_run, read_state, resolved_spec, save_checkpoint,
+    RunError,
+    build,
+    load_run,
+    load_weights,
+    open_run,
+    read_state,
+    resolved_spec,
+    save_checkpoint,
+    sole_trainer,
 )
 from bitspike.data import Arrays, DataError, Dataset, Files, load
-from bitspike.data.loader import FileBatches, evaluation_batches
-from bitspike.data.pipeline import ArrayBatches, Augment, mix, seed_of
+from bitspike.data.loader import FileBatches
+from bitspike.data.pipeline import ArrayBatches, Augment, Batches, mix, seed_globals, seed_of
+from bitspike.evaluation import evaluate, normalise
 from bitspike.layers import quantizers
 from bitspike.objectives import (
-    NonFinite, SpikeCounts, classification_loss, first_nonfinite, spike_costs, spike_penalty,
+    NonFinite,
+    SpikeCounts,
+    classification_loss,
+    first_nonfinite,
+    spike_costs,
+    spike_penalty,
 )
 from bitspike.optimizers import Average, learning_rate, make_optimizer
 from bitspike.progress import Reporter, duration
-from bitspike.recipe import Loss, Recipe, RecipeError
+from bitspike.quantizers import Binary
+from bitspike.recipe import Recipe, RecipeError
 
 __all__ = ["Interrupted", "NonFinite", "Recipe", "RecipeError", "RunError", "evaluate", "load_run", "normalise", "train"]
 
@@ -42,22 +55,24 @@ class Interrupted(SystemExit):
     """Raised after a signal, when the state has been saved; as an exit code 128 + the signal's number."""
 
 
-def train(recipe: Recipe, data_dir: Path | str | None, out_dir: Path | str, *, overrides: Mapping[str, str] | None = None,
-          checkpoint_minutes: float = 5.0, log_seconds: float = 30.0) -> dict[str, Any]:
+def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path | str, *,
+          overrides: Mapping[str, str] | None = None, checkpoint_minutes: float = 5.0,
+          log_seconds: float = 30.0) -> dict[str, Any]:
     """Train the recipe into the RUN folder `out_dir`, or go on with it; returns the last line of its metrics.
 
-    overrides: text per field, applied to the recipe and recorded. Under `torchrun` every process takes its part of each
-    batch. SIGINT and SIGTERM finish the step, save and raise `Interrupted`; after that, or after a kill at any moment,
-    the same call goes on to the very same weights. A finished run is left as it is.
+    data_dir: the folder that holds the dataset's folder (default: BITSPIKE_DATA), or a loaded dataset. overrides: text
+    per field, applied to the recipe and recorded. Under `torchrun` every process takes its part of each batch.
+    SIGINT and SIGTERM finish the step, save and raise `Interrupted`; after that, or after a kill at any moment, the same
+    call goes on to the very same weights. A finished run is left as it is.
     Errors: RecipeError, RunError (the folder holds another run), DataError, SpecError, NonFinite.
     """
     recipe = recipe.override(overrides or {})
     run = Path(out_dir)
     accelerator = _accelerator(recipe)
-    data = load(recipe.data, data_dir)
+    data = data_dir if isinstance(data_dir, Dataset) else load(recipe.data, data_dir)
     with accelerator.main_process_first():
         folder = open_run(run, recipe, overrides or {}, data.hash)
-    state = read_state(folder) if folder else {"step": 0, "finished": False, "seconds": 0.0}
+    state: dict[str, Any] = read_state(folder) if folder else {"step": 0, "finished": False, "seconds": 0.0}
     if state["finished"]:
         last = read_metrics(run)[-1]
         Reporter(1, 1, 1, accelerator.is_main_process).say(
@@ -75,6 +90,11 @@ def train(recipe: Recipe, data_dir: Path | str | None, out_dir: Path | str, *, o
     if per_epoch < 1:
         raise DataError(f"{recipe.data}: {len(data.split(recipe.train_on))} training images are less than one batch of "
                         f"{recipe.batch_size}; set a smaller batch_size.")
+    rank, world = accelerator.process_index, accelerator.num_processes
+    pairs = 2 if recipe.mixup or recipe.cutmix else 1  # mixed with its neighbour
+    if recipe.batch_size % (world * recipe.accumulate * pairs):
+        raise RecipeError(f"recipe {recipe.name!r}, field batch_size={recipe.batch_size}: must be a multiple of {pairs} x "
+                          f"accumulate={recipe.accumulate} x {world} processes.")
     steps = max(1, round(recipe.epochs * per_epoch))
     costs = spike_costs(model, _example(recipe, data, accelerator.device)) if recipe.spike_penalty else {}
     optimizer = make_optimizer(model, recipe)
@@ -93,8 +113,8 @@ def train(recipe: Recipe, data_dir: Path | str | None, out_dir: Path | str, *, o
     model, optimizer = accelerator.prepare(model, optimizer)
     if folder and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(stored["scaler"])
-    epoch_loss = torch.tensor(state.get("epoch_loss", 0.0), dtype=torch.float64, device=accelerator.device)
-    epoch_seconds, before = state.get("epoch_seconds", 0.0), state["seconds"]
+    unread: list[Tensor] = []  # losses of the last steps, still on the device
+    epoch_loss, epoch_seconds, before = state.get("epoch_loss", 0.0), state.get("epoch_seconds", 0.0), state["seconds"]
     _cut_metrics(run, state["step"], accelerator.is_main_process)
 
     def save(step: int, finished: bool = False) -> None:
@@ -105,39 +125,38 @@ def train(recipe: Recipe, data_dir: Path | str | None, out_dir: Path | str, *, o
                 tensors["scaler"] = accelerator.scaler.state_dict()
             save_checkpoint(run, weights, spec, {
                 "step": step, "steps": steps, "finished": finished, "seconds": before + time.monotonic() - started,
-                "epoch_loss": float(epoch_loss), "epoch_seconds": epoch_seconds}, tensors)
+                "epoch_loss": epoch_loss, "epoch_seconds": epoch_seconds}, tensors)
 
     started = saved = time.monotonic()
-    parts = accelerator.num_processes * recipe.accumulate
-    shown = average.model if average else bare
-    with (_signals() as caught, _exact(), Reporter(steps, state["step"], recipe.batch_size, accelerator.is_main_process,
-                                                   log_seconds) as report):
+    shown, on_cpu = average.model if average else bare, accelerator.device.type == "cpu"
+    with (sole_trainer(run, accelerator.is_main_process), _signals() as caught, _exact(),
+          Reporter(steps, state["step"], recipe.batch_size, accelerator.is_main_process, log_seconds) as report):
         for step in range(state["step"], steps):
             began = time.monotonic()
             epoch = step // per_epoch
             if step % per_epoch == 0 or step == state["step"]:
                 model.train()
                 for _, quantizer in quantizers(bare):
-                    if hasattr(quantizer, "anneal"):
+                    if isinstance(quantizer, Binary):
                         quantizer.anneal(epoch / recipe.epochs)
             rate = learning_rate(recipe, step, steps, per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
 
             step_loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-            for part in range(recipe.accumulate):
-                mine = accelerator.process_index * recipe.accumulate + part
-                pixels, labels = batches.batch(step, mine, parts)
+            for part, (pixels, labels) in enumerate(batches.step(step, rank, world, recipe.accumulate)):
                 images = normalise(pixels.to(accelerator.device), recipe)
                 targets: Tensor = labels.to(accelerator.device)
                 if epoch < recipe.mixup_off_epoch or recipe.mixup_off_epoch == 0:
                     images, targets = mix(images, targets, len(data.classes), recipe.mixup, recipe.cutmix,
                                           (recipe.seed, "mix", step))
-                _seed_all(recipe.seed, step, mine)  # dropout and the like: exact from any step on
+                seed_globals(seed_of(recipe.seed, step, rank, part))  # dropout and the like: exact from any step on
                 with accelerator.accumulate(model):
                     loss = objective(images, model(images), targets)
                     if counts:
                         loss = loss + recipe.spike_penalty * spike_penalty(counts.take(), costs)
+                    if on_cpu and not bool(torch.isfinite(loss)):  # before it spoils the weights
+                        raise _nonfinite(step, rate, bare, images, accelerator)
                     step_loss += loss.detach() / recipe.accumulate
                     accelerator.backward(loss)
                     if recipe.grad_clip and accelerator.sync_gradients:
@@ -146,24 +165,29 @@ def train(recipe: Recipe, data_dir: Path | str | None, out_dir: Path | str, *, o
                     optimizer.zero_grad(set_to_none=True)
             if average:
                 average.update(bare)
-            epoch_loss += step_loss
+            unread.append(step_loss)
             done = step + 1
             epoch_ends = done % per_epoch == 0 or done == steps
+            if not (on_cpu or epoch_ends or done % 20 == 0 or (caught and world == 1)):
+                epoch_seconds += time.monotonic() - began
+                continue  # reading a loss waits for the GPU
 
-            # reading the loss waits for a GPU: seldom there, always on the CPU
-            if accelerator.device.type == "cpu" or done % 20 == 0 or epoch_ends:
-                if not bool(torch.isfinite(epoch_loss)):
-                    raise _nonfinite(step, rate, bare, images, accelerator)
+            losses = torch.stack(unread).tolist()
+            unread.clear()
+            bad = [done - len(losses) + i for i, value in enumerate(losses) if not math.isfinite(value)]
+            if bad:
+                raise _nonfinite(bad[0], rate, bare, images, accelerator)
+            epoch_loss += sum(losses)
             epoch_seconds += time.monotonic() - began
             if report.due():
-                report.step(done, done / per_epoch, float(step_loss), rate)
+                report.step(done, done / per_epoch, losses[-1], rate)
             if epoch_ends:
+                in_epoch = done - epoch * per_epoch
                 _end_of_epoch(recipe, data, run, shown, accelerator, report, {
                     "step": done, "epoch": round(done / per_epoch, 4), "lr": rate, "seconds": round(epoch_seconds, 1),
-                    "loss": _mean(epoch_loss) / (per_epoch if done % per_epoch == 0 else steps % per_epoch),
-                    "images_per_s": round(((done - 1) % per_epoch + 1) * recipe.batch_size / epoch_seconds, 1)})
-                epoch_loss.zero_()
-                epoch_seconds = 0.0
+                    "loss": _mean(epoch_loss / in_epoch, accelerator),
+                    "images_per_s": round(in_epoch * recipe.batch_size / epoch_seconds, 1)})
+                epoch_loss = epoch_seconds = 0.0
             stop = _any(caught[0] if caught else 0, accelerator)
             if stop or epoch_ends or time.monotonic() - saved > 60 * checkpoint_minutes:
                 save(done)
@@ -184,65 +208,6 @@ def train(recipe: Recipe, data_dir: Path | str | None, out_dir: Path | str, *, o
         accelerator.wait_for_everyone()
         report.say(f"test top-1 {final['test_top1']:.2f} % of {final['test_n']} images, {duration(final['seconds'])}, in {run}")
     return final
-
-
-# ---------------------------------------------------------------------------------------------- evaluation
-def normalise(pixels: Tensor, recipe: Recipe) -> Tensor:
-    """uint8 [B, C, H, W] -> float32: (pixel / 255 - mean) / std; one channel becomes as many as `mean` has.
-
-    >>> normalise(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), Recipe("x", nn.Identity, mean=(0.5,), std=(0.25,))).item()
-    2.0
-    """
-    mean = 255 * torch.tensor(recipe.mean, device=pixels.device)[:, None, None]
-    std = 255 * torch.tensor(recipe.std, device=pixels.device)[:, None, None]
-    images = (pixels.float() - mean) / std
-    return images.contiguous(memory_format=torch.channels_last) if recipe.channels_last else images
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, recipe: Recipe, data: Dataset | Path | str | None, split: str = "test",
-             batch_size: int = 500) -> dict[str, float]:
-    """top1 and top5 in percent, mean loss (cross entropy), number of images n, mean spike count of the neurons.
-
-    data: a loaded dataset or its folder. In eval mode and in the recipe's precision; the model's mode is restored. Under
-    torchrun every process takes its share.
-    """
-    dataset = data if isinstance(data, Dataset) else load(recipe.data, data)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    ranks = torch.distributed.is_initialized()
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ranks else (0, 1)
-    was_training = model.training
-    model.eval()
-    counts = SpikeCounts(model)
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # top1, top5, loss, n, spikes
-    for pixels, labels in evaluation_batches(dataset.split(split), recipe.image_size, batch_size, recipe.workers, rank, world):
-        with _autocast(recipe, device):
-            logits = model(normalise(pixels.to(device), recipe))
-        mean = (logits.mean(0) if logits.dim() == 3 else logits).float()
-        targets = labels.to(device)
-        if mean.shape[1] != len(dataset.classes):
-            raise RecipeError(f"recipe {recipe.name!r}: its model has {mean.shape[1]} outputs, {recipe.data} has "
-                              f"{len(dataset.classes)} classes.")
-        hits = mean.topk(min(5, mean.shape[1])).indices == targets[:, None]
-        spikes = counts.take()
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(mean, targets, reduction="sum"),
-                             torch.tensor(len(labels), device=device),
-                             sum(spikes.values(), torch.zeros((), device=device)) / max(1, len(spikes)) * len(labels)])
-    counts.remove()
-    model.train(was_training)
-    if ranks:
-        torch.distributed.all_reduce(sums)
-    top1, top5, loss, n, spikes_mean = sums.tolist()
-    if n == 0:
-        raise DataError(f"{recipe.data}: its split {split!r} has no images.")
-    return {"top1": round(100 * top1 / n, 4), "top5": round(100 * top5 / n, 4), "loss": loss / n, "n": int(n),
-            "mean_spikes": spikes_mean / n}
-
-
-def _autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
-    if recipe.precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if recipe.precision == "bf16" else torch.float16)
 
 
 # ------------------------------------------------------------------------------------------------- metrics
@@ -294,14 +259,12 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     return Accelerator(mixed_precision=mixed, gradient_accumulation_steps=recipe.accumulate, cpu=not torch.cuda.is_available())
 
 
-def _batches(recipe: Recipe, data: Dataset) -> ArrayBatches | FileBatches:
+def _batches(recipe: Recipe, data: Dataset) -> Batches:
     split: Arrays | Files = data.split(recipe.train_on)
     augment = Augment(recipe.flip, recipe.translate, recipe.translate_pad, recipe.cutout, recipe.random_erasing, recipe.mean,
                       recipe.std)
-    if isinstance(split, Arrays) and not recipe.rand_augment and recipe.crop == "whole":
-        if split.images.shape[-1] != recipe.image_size:
-            return FileBatches(split, recipe.batch_size, recipe.seed, augment, recipe.image_size, recipe.crop,
-                               recipe.rand_augment, recipe.workers)
+    plain = recipe.crop == "whole" and not recipe.rand_augment
+    if plain and isinstance(split, Arrays) and split.images.shape[-1] == recipe.image_size:
         return ArrayBatches(split, recipe.batch_size, recipe.seed, augment)
     return FileBatches(split, recipe.batch_size, recipe.seed, augment, recipe.image_size, recipe.crop, recipe.rand_augment,
                        recipe.workers)
@@ -313,20 +276,13 @@ def _example(recipe: Recipe, data: Dataset, device: torch.device) -> Tensor:
     return normalise(blank.to(device), recipe)
 
 
-def _seed_all(*key: object) -> None:
-    seed = seed_of(*key)
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def _mean(total: Tensor) -> float:
+def _mean(value: float, accelerator: Accelerator) -> float:
     """Mean over the processes."""
-    if torch.distributed.is_initialized():
-        total = total.clone()
-        torch.distributed.all_reduce(total)
-        total /= torch.distributed.get_world_size()
-    return float(total)
+    if accelerator.num_processes == 1:
+        return value
+    total = torch.tensor(value, device=accelerator.device)
+    torch.distributed.all_reduce(total)
+    return float(total) / accelerator.num_processes
 
 
 def _any(caught: int, accelerator: Accelerator) -> int:
@@ -341,7 +297,7 @@ def _any(caught: int, accelerator: Accelerator) -> int:
 def _nonfinite(step: int, rate: float, model: nn.Module, images: Tensor, accelerator: Accelerator) -> NonFinite:
     with accelerator.autocast():
         culprit = first_nonfinite(model, images)
-    return NonFinite(f"the loss is not finite after step {step} (learning rate {rate:.3g}); first module with an output that is "
+    return NonFinite(f"the loss is not finite in step {step} (learning rate {rate:.3g}); first module with an output that is "
                      f"not finite: {culprit}. Lower lr, lengthen warmup_epochs or set grad_clip; the last checkpoint is whole.")
 
 

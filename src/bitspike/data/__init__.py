@@ -1,6 +1,7 @@
 """Datasets: `load(name, data_dir)` -> classes and three fixed, hashed splits. Nothing is ever downloaded."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from bitspike.data.cifar import cifar10, cifar100
@@ -14,7 +15,7 @@ _READERS = {"cifar10": cifar10, "cifar100": cifar100, "fashion_mnist": fashion_m
 
 
 def load(name: str, data_dir: Path | str | None) -> Dataset:
-    """The dataset of that name; `data_dir` holds its folder (None is enough for the embedded sample).
+    """The dataset of that name; `data_dir` holds its folder, by default the environment variable BITSPIKE_DATA says where.
 
     Errors: DataError for an unknown name, a missing folder or damaged files.
 
@@ -25,6 +26,7 @@ def load(name: str, data_dir: Path | str | None) -> Dataset:
         return fashion_mnist_sample()
     if name not in _READERS:
         raise DataError(f"unknown dataset {name!r}; allowed: {', '.join(_READERS)}, fashion_mnist_sample.")
-    if data_dir is None:
-        raise DataError(f"{name} is read from a folder: give --data DIR or set BITSPIKE_DATA.")
+    data_dir = data_dir or os.environ.get("BITSPIKE_DATA")
+    if not data_dir:
+        raise DataError(f"{name} is read from a folder: say which with --data DIR or set BITSPIKE_DATA.")
     return _READERS[name](data_dir)

@@ -64,9 +64,9 @@ def fashion_mnist(data_dir: Path | str) -> Dataset:
         if len(missing) < len(_FILES):
             raise DataError(f"{folder}: {', '.join(missing)}[.gz] missing; expected {', '.join(_FILES)}.")
     state = "does not exist" if not root.is_dir() else "is empty" if not any(root.iterdir()) else "holds none of them"
-    raise DataError(f"{root} {state}; expected the folder fashion-mnist/ with {', '.join(_FILES)} (.gz or not). Get them from "
-                    f"https://github.com/zalandoresearch/fashion-mnist (data/fashion) and put them in {root / 'fashion-mnist'}. "
-                    "A sample needs no download: data=fashion_mnist_sample.")
+    raise DataError(f"{root} {state}; expected the folder fashion-mnist/ with {', '.join(_FILES)} (.gz or not). Get them "
+                    "from https://github.com/zalandoresearch/fashion-mnist (data/fashion) and put them in "
+                    f"{root / 'fashion-mnist'}. A sample needs no download: data=fashion_mnist_sample.")
 
 
 def fashion_mnist_sample() -> Dataset:

@@ -51,5 +51,5 @@ def imagenet(data_dir: Path | str) -> Dataset:
     digest = hashlib.sha256()
     for path in (*train.paths, *test.paths):
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-    digest.update(val.numpy())
+    digest.update(val.numpy().data)
     return Dataset("imagenet", tuple(classes), take(train, rest), take(train, val), test, digest.hexdigest())

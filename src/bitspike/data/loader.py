@@ -1,30 +1,29 @@
 """Batches that are decoded, cropped or RandAugmented one image at a time, by worker processes."""
 from __future__ import annotations
 
-import random
+import signal
 from collections.abc import Iterator
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bitspike.data.pipeline import Augment, cut_out, erase, generator, mirrored, order, seed_of, shift
+from bitspike.data.pipeline import Augment, augmented, generator, mirrored, order, seed_globals, seed_of, slices
 from bitspike.data.splits import Arrays, Files
 
 
 class _Train(Dataset[tuple[Tensor, int]]):
     """Sample (epoch, index) -> augmented image: a pure function of seed, epoch and index."""
 
-    def __init__(self, split: Arrays | Files, seed: int, size: int, crop: str, rand_augment: str, mean: tuple[float, ...]) -> None:
+    def __init__(self, split: Arrays | Files, seed: int, size: int, crop: str, rand_augment: str,
+                 mean: tuple[float, ...]) -> None:
         from timm.data.auto_augment import rand_augment_transform
         from torchvision.transforms import v2
 
         self.split, self.seed = split, seed
-        fit = (v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-               if crop == "random_resized" else v2.Resize((size, size), v2.InterpolationMode.BICUBIC, antialias=True))
-        self.fit = fit
+        bicubic = v2.InterpolationMode.BICUBIC
+        self.fit = (v2.RandomResizedCrop(size, interpolation=bicubic, antialias=True) if crop == "random_resized"
+                    else v2.Resize((size, size), bicubic, antialias=True))
         fill = tuple(round(255 * m) for m in mean)
         self.augment = rand_augment_transform(rand_augment, {"img_mean": fill, "translate_const": int(size * 0.45)}) \
             if rand_augment else None
@@ -37,9 +36,7 @@ class _Train(Dataset[tuple[Tensor, int]]):
 
         epoch, index = key
         seed = seed_of(self.seed, "sample", epoch, index)
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        seed_globals(seed)
         image = self.fit(self.split.image(index))
         if self.augment is not None:
             grey = image.shape[0] == 1
@@ -48,8 +45,28 @@ class _Train(Dataset[tuple[Tensor, int]]):
         return image, int(self.split.labels[index])
 
 
+class _Keys:
+    """The epoch's batches of (epoch, index) keys for one process, from a step on: what the DataLoader walks through."""
+
+    def __init__(self, order: Tensor, epoch: int, batches: list[slice]) -> None:
+        self.order, self.epoch, self.batches = order, epoch, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for part in self.batches:
+            yield [(self.epoch, i) for i in self.order[part].tolist()]
+
+
+def _obey_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches the workers too, but it is the training loop that decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class FileBatches:
-    """Like `ArrayBatches`, for images on disk or with RandAugment; the result does not depend on the number of workers.
+    """`Batches` for images on disk or with RandAugment; they do not depend on the number of workers.
 
     size: side of the square the model sees. crop: "random_resized" (8..100 % of the area) or "whole" (resized).
     rand_augment: timm's text, such as "rand-m9-mstd0.5-inc1", or "".
@@ -57,54 +74,33 @@ class FileBatches:
 
     def __init__(self, split: Arrays | Files, batch_size: int, seed: int, augment: Augment, size: int, crop: str,
                  rand_augment: str, workers: int) -> None:
-        self.split, self.batch_size, self.seed, self.augment = split, batch_size, seed, augment
+        self.split, self.batch_size, self.seed, self.augment, self.workers = split, batch_size, seed, augment, workers
         self.steps_per_epoch = len(split) // batch_size
-        self.workers = workers
         self._data = _Train(split, seed, size, crop, rand_augment, augment.mean)
-        self._stream: Iterator[tuple[Tensor, Tensor]] | None = None
-        self._next: tuple[int, int] | None = None
+        self._next: tuple[int, int, int, int] | None = None  # what the open loader will give next
 
-    def _keys(self, step: int, part: int, parts: int) -> Iterator[list[tuple[int, int]]]:
-        """Keys of this process's batches from (step, part) to the end of the epoch."""
+    def _open(self, step: int, rank: int, world: int, accumulate: int) -> None:
+        """A loader from this step to the end of its epoch."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        index = order(len(self.split), self.seed, epoch).tolist()
-        size = self.batch_size // parts
-        for p in range(position, self.steps_per_epoch):
-            start = p * self.batch_size + part * size
-            yield [(epoch, i) for i in index[start : start + size]]
+        self._order = order(len(self.split), self.seed, epoch)
+        self._mirrored = mirrored(len(self.split), self.seed, epoch, self.augment.flip)
+        parts = [slice(p * self.batch_size + s.start, p * self.batch_size + s.stop)
+                 for p in range(position, self.steps_per_epoch) for s in slices(self.batch_size, rank, world, accumulate)]
+        self._loader = iter(DataLoader(
+            self._data, batch_sampler=_Keys(self._order, epoch, parts),  # type: ignore[arg-type]
+            num_workers=self.workers, generator=generator(self.seed, "workers", epoch),
+            worker_init_fn=_obey_the_main_process, pin_memory=torch.cuda.is_available()))
 
-    def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
-        """(uint8 [B/parts, C, H, W], int64 [B/parts]): part `part` of the step's batch."""
-        images, labels, index = self._streams(step, part, parts)
-        epoch = step // self.steps_per_epoch
-        if epoch != getattr(self, "_epoch", -1):
-            self._epoch, self._mirrored = epoch, mirrored(len(self.split), self.seed, epoch, self.augment.flip)
-        rows = torch.nonzero(self._mirrored[index]).flatten()
-        images[rows] = images[rows].flip(-1)
-        size = self.batch_size // parts
-        mine = slice(part * size, (part + 1) * size)
-        draw = generator(self.seed, "augment", step)
-        images = shift(images, self.augment.translate, self.augment.pad, self.batch_size, mine, draw)
-        images = cut_out(images, self.augment, self.batch_size, mine, draw)
-        images = erase(images, self.augment, self.batch_size, mine, draw, (self.seed, "erase", step))
-        return images, labels
-
-    def _streams(self, step: int, part: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the batch from this part's loader, started anew at each epoch and wherever the caller jumps."""
-        streams: dict[int, tuple[int, Iterator[list[Tensor]], Iterator[list[tuple[int, int]]]]]
-        streams = self.__dict__.setdefault("_open", {})
-        epoch = step // self.steps_per_epoch
-        if part not in streams or streams[part][0] != step or step % self.steps_per_epoch == 0:
-            keys = list(self._keys(step, part, parts))
-            loader: DataLoader[tuple[Tensor, int]] = DataLoader(
-                self._data, batch_sampler=keys, num_workers=self.workers,  # type: ignore[arg-type]
-                generator=generator(self.seed, "workers", epoch), pin_memory=torch.cuda.is_available())
-            streams[part] = (step, iter(loader), iter(keys))
-        _, batches, keys_left = streams[part]
-        images, labels = next(batches)
-        index = torch.tensor([i for _, i in next(keys_left)])
-        streams[part] = (step + 1, batches, keys_left)
-        return images, labels, index
+    def step(self, step: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Batches.step`."""
+        if self._next != (step, rank, world, accumulate) or step % self.steps_per_epoch == 0:
+            self._open(step, rank, world, accumulate)
+        start = step % self.steps_per_epoch * self.batch_size
+        for mine in slices(self.batch_size, rank, world, accumulate):
+            images, labels = next(self._loader)
+            mirror = self._mirrored[self._order[start + mine.start : start + mine.stop]]
+            yield augmented(images, mirror, self.augment, self.batch_size, mine, self.seed, step), labels
+        self._next = (step + 1, rank, world, accumulate)
 
 
 class _Plain(Dataset[tuple[Tensor, int]]):
@@ -139,6 +135,6 @@ def evaluation_batches(split: Arrays | Files, size: int, batch_size: int, worker
         return
     loader: DataLoader[tuple[Tensor, int]] = DataLoader(
         _Plain(split, size), batch_sampler=[p.tolist() for p in index.split(min(batch_size, 64))],
-        num_workers=workers, generator=generator("evaluation"))
-    for images, labels in loader:
-        yield images, labels
+        num_workers=workers, generator=generator("evaluation"),
+        worker_init_fn=_obey_the_main_process)
+    yield from loader

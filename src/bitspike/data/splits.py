@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class Arrays:
         return len(self.labels)
 
     def image(self, index: int) -> Tensor:
+        """uint8 [C, H, W]."""
         return self.images[index]
 
 
@@ -125,7 +127,7 @@ def held_out(labels: Tensor, names: Sequence[str] | None = None, share: float = 
     for c in torch.unique(labels).tolist():
         members = torch.nonzero(labels == c).flatten().tolist()
         members.sort(key=keys.__getitem__)
-        chosen += members[: -int(-len(members) * share // 1)] if len(members) > 1 else []
+        chosen += members[: math.ceil(len(members) * share)] if len(members) > 1 else []
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[chosen] = True
     return torch.nonzero(~mask).flatten(), torch.nonzero(mask).flatten()
@@ -136,7 +138,7 @@ def in_memory(name: str, classes: Sequence[str], train: Arrays, test: Arrays) ->
     rest, val = held_out(train.labels)
     digest = hashlib.sha256()
     for tensor in (train.images, train.labels, test.images, test.labels, val):
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.contiguous().numpy().data)
     return Dataset(name, tuple(classes), take(train, rest), take(train, val), test, digest.hexdigest())
 
 
