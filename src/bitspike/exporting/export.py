@@ -21,7 +21,7 @@ from bitspike.exporting.fold import Folder
 from bitspike.exporting.lower import Layer, Value
 from bitspike.exporting.trace import ExportError, Observer, trace
 
-FRACTION_BITS = 16
+FRACTION_BITS = 22
 _HEADROOM = 16  # potentials may grow this much past calibration before they saturate
 _BATCH = 32
 
