@@ -103,6 +103,13 @@ def _tensor(name: str, entry: Any, size: int) -> tuple[int, int, type[np.generic
     return start, end, dtype, tuple(shape)
 
 
+def _array(raw: memoryview, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
+    array = np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).reshape(shape)
+    array = np.require(array, dtype, ["C", "ALIGNED"])  # a copy only where another writer left it unaligned
+    array.flags.writeable = False
+    return array
+
+
 def _tensors(table: Mapping[str, Any], body: memoryview) -> dict[str, NDArray[Any]]:
     places = {name: _tensor(name, entry, len(body)) for name, entry in table.items()}
     reached = 0
@@ -112,9 +119,7 @@ def _tensors(table: Mapping[str, Any], body: memoryview) -> dict[str, NDArray[An
         reached = end
     if reached != len(body):
         raise ArtifactError(f"tensors take {reached} bytes, the file has {len(body)} for them; it is damaged")
-    return {
-        name: np.frombuffer(body[start:end], dtype).reshape(shape) for name, (start, end, dtype, shape) in places.items()
-    }
+    return {name: _array(body[start:end], dtype, shape) for name, (start, end, dtype, shape) in places.items()}
 
 
 def _check_header(header: dict[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Program:

@@ -29,7 +29,7 @@ class Fields:
         if not isinstance(found, dict):
             raise ArtifactError(f"{where} is {shown(found)}; it must be an object")
         self._found = found
-        self._where = where
+        self.where = where
         self._asked: set[str] = set()
         self._tensors = tensors or {}
         #: names of the tensors that were asked for
@@ -37,7 +37,7 @@ class Fields:
 
     def fail(self, key: str, allowed: str) -> ArtifactError:
         """The error to raise about `key`."""
-        return ArtifactError(f"{self._where}: '{key}' is {shown(self._found.get(key))}; it must be {allowed}")
+        return ArtifactError(f"{self.where}: '{key}' is {shown(self._found.get(key))}; it must be {allowed}")
 
     def has(self, key: str) -> bool:
         """Whether an optional key is there."""
@@ -50,7 +50,7 @@ class Fields:
         if key in self._found:
             return self._found[key]
         if default is _REQUIRED:
-            raise ArtifactError(f"{self._where}: '{key}' is missing")
+            raise ArtifactError(f"{self.where}: '{key}' is missing")
         return default
 
     def done(self) -> None:
@@ -58,7 +58,7 @@ class Fields:
         unknown = [key for key in self._found if key not in self._asked]
         if unknown:
             raise ArtifactError(
-                f"{self._where}: unknown {shown(unknown[0])}; known here: {', '.join(sorted(self._asked))}. "
+                f"{self.where}: unknown {shown(unknown[0])}; known here: {', '.join(sorted(self._asked))}. "
                 "A newer version of bitspike may have written this file"
             )
 
@@ -125,7 +125,7 @@ class Fields:
         tensor = self._tensors[name]
         if tensor.dtype != dtype or tensor.shape != shape:
             raise ArtifactError(
-                f"{self._where}: '{key}' is tensor {shown(name)} of {tensor.dtype}{list(tensor.shape)}; "
+                f"{self.where}: '{key}' is tensor {shown(name)} of {tensor.dtype}{list(tensor.shape)}; "
                 f"it must be {np.dtype(dtype)}{list(shape)}"
             )
         self.used.add(name)
@@ -137,5 +137,5 @@ class Fields:
             return self.integer(key, low, INT32_MAX)
         tensor = self.tensor(key, np.int32, (channels,))
         if tensor.min() < low:
-            raise ArtifactError(f"{self._where}: '{key}' holds {tensor.min()}; the least allowed is {low}")
+            raise ArtifactError(f"{self.where}: '{key}' holds {tensor.min()}; the least allowed is {low}")
         return tensor

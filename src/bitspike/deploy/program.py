@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bitspike.deploy.errors import ArtifactError
 from bitspike.deploy.fields import INT32_MAX, INT32_MIN, Fields, shown
 from bitspike.deploy.ops import windows
-from bitspike.deploy.packing import check_scheme, packed_bytes, unpack_codes
+from bitspike.deploy.packing import packed_bytes, unpack_codes
 
 MAX_OPS = 10_000
 MAX_SIDE = 1 << 14            # pixels, kernel taps, channels / 64
@@ -120,11 +120,14 @@ def _weight(fields: Fields, shape: tuple[int, ...], context: _Context) -> NDArra
         raise fields.fail("shape", f"smaller: a file may hold {MAX_WEIGHTS} weights in all")
     scheme = fields.get("scheme")
     try:
-        check_scheme(scheme)
-        packed = fields.tensor("weight", np.uint8, (packed_bytes(count, scheme),))
+        size = packed_bytes(count, scheme)
+    except ArtifactError as error:
+        raise ArtifactError(f"{fields.where}: {error}") from None
+    packed = fields.tensor("weight", np.uint8, (size,))
+    try:
         return unpack_codes(packed, (outputs, kh, kw, inputs), scheme)
     except ArtifactError as error:
-        raise fields.fail("weight", f"weights of its scheme and shape ({error})") from None
+        raise ArtifactError(f"{fields.where}: {error}") from None
 
 
 def _accumulator_bound(weight: NDArray[np.int8], largest: NDArray[np.int64], groups: int) -> int:
