@@ -21,7 +21,7 @@ from bitspike.exporting.fold import Folder
 from bitspike.exporting.lower import Layer, Value
 from bitspike.exporting.trace import ExportError, Observer, trace
 
-FRACTION_BITS = 22
+FRACTION_BITS = 22  # at most: one step is then the rounding error of a float32 potential of 1
 _HEADROOM = 16  # potentials may grow this much past calibration before they saturate
 _BATCH = 32
 
@@ -116,13 +116,19 @@ def _pack(program: Program) -> dict[str, NDArray[Any]]:
     return {**program.tensors, **packed}
 
 
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    """[B, classes], of a model that may leave the mean over time to its caller."""
+    y: Tensor = model(x)
+    return y.mean(0) if y.dim() == 3 else y
+
+
 def _compare(path: Path, model: nn.Module, pixels: Pixels, mean: NDArray[Any], std: NDArray[Any]) -> tuple[float, float]:
     """(share of equal top-1 classes, largest difference of a logit) between the file and the model."""
     net, same, largest = load(path), 0, 0.0
     for i in range(0, len(pixels), _BATCH):
         batch = pixels[i:i + _BATCH]
         with torch.no_grad():
-            expected = model(_normalised(batch, mean, std)).numpy()
+            expected = _logits(model, _normalised(batch, mean, std)).numpy()
         found = net(np.ascontiguousarray(batch))
         same += int((found.argmax(1) == expected.argmax(1)).sum())
         largest = max(largest, float(np.abs(found - expected).max()))
@@ -138,7 +144,7 @@ def export_model(model: nn.Module, path: str | os.PathLike[str], *, mean: Sequen
     The model is not changed; it is copied, in float32 and evaluation mode.
 
     Args:
-        model: takes normalised pictures float [B, C, H, W], returns logits [B, classes].
+        model: takes normalised pictures float [B, C, H, W], returns logits [B, classes] or [T, B, classes].
         path: the file, conventionally `*.bitspike`; appears whole or not at all.
         mean, std: of the normalisation x = (pixel / 255 - mean) / std, one number per channel; it becomes part of the program.
         image_size: height and width (one number: both). channels: 3 or 1. resize: shorter side before the centre crop.
@@ -188,8 +194,8 @@ def export_model(model: nn.Module, path: str | os.PathLike[str], *, mean: Sequen
                 raise ExportError(
                     f"the integer program agrees with the torch model on {agreement:.2%} of {len(check)} pictures (largest "
                     f"logit difference {largest:.3g}); {min_agreement:.2%} are asked for, so nothing was written. Calibrate "
-                    "on more or more typical pictures, put neurons in front of layers with real-valued inputs, or pass a smaller "
-                    f"min_agreement.{''.join(' ' + note + '.' for note in notes)}")
+                    "on more or more typical pictures, put neurons in front of layers with real-valued inputs, or pass a "
+                    f"smaller min_agreement.{''.join(' ' + note + '.' for note in notes)}")
             header["provenance"]["agreement"] = {"top1": agreement, "largest_logit_difference": largest, "samples": len(check)}
             artifact.write(target, header, tensors)
         finally:
@@ -208,7 +214,8 @@ def _calibrate(model: nn.Module, module: torch.fx.GraphModule, pixels: Pixels, m
         if i:
             continue
         with torch.no_grad():
-            expected = model(x)
+            expected = _logits(model, x)
+        found = found.mean(0) if found.dim() == 3 else found
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
             raise ExportError(f"the traced graph of {type(model).__name__} does not compute what the model computes (logits "
                               f"{list(found.shape)} and {list(expected.shape)}). Does its forward depend on the data, or on "

@@ -55,10 +55,10 @@ class Folder:
         raise ExportError("the graph has no output.")
 
     def _logits(self, value: Value) -> Value:
-        value = self.lowering.potential(value, "output")
-        if (value.height, value.width, value.steps) != (1, 1, 1):
-            raise ExportError(f"the model's output has {value.steps} steps of {value.height}x{value.width} pixels; logits are "
-                              "[B, classes]: take the mean over time and space.")
+        value = self.lowering.mean(self.lowering.potential(value, "output"), "time", "output")
+        if (value.height, value.width) != (1, 1):
+            raise ExportError(f"the model's output has {value.height}x{value.width} pixels; logits are [B, classes]: take the "
+                              "mean over space.")
         return value
 
     @staticmethod
@@ -185,7 +185,9 @@ class Folder:
             if kind == "div":
                 raise unknown(node, "a constant divided by an activation")
             return self.lowering.affine(x, -np.ones(1), factor, layer)
-        return self.lowering.affine(x, np.ones(1), -factor, layer) if kind == "sub" else self.lowering.affine(x, 1 / factor, none, layer)
+        if kind == "sub":
+            return self.lowering.affine(x, np.ones(1), -factor, layer)
+        return self.lowering.affine(x, 1 / factor, none, layer)
 
     @staticmethod
     def _per_channel(node: Node, constant: Any, x: Value) -> Array:
@@ -234,7 +236,8 @@ class Folder:
     def _plain_conv(layer: str, dilation: Any, padding: Any, mode: str) -> None:
         if _pair(dilation) != (1, 1) or isinstance(padding, str) or mode != "zeros":
             raise ExportError(f"{layer}: a convolution with dilation={dilation}, padding={padding!r}, "
-                              f"padding_mode={mode!r} cannot be exported; allowed: dilation 1, numeric padding, padding_mode 'zeros'.")
+                              f"padding_mode={mode!r} cannot be exported; allowed: dilation 1, numeric padding, padding_mode "
+                              "'zeros'.")
 
     def _pool(self, node: Node, kind: str, x: Value, options: dict[str, Any]) -> Value:
         """Max or average pooling; options by torch's names."""
