@@ -11,7 +11,9 @@ from bitspike.recipe import Recipe
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, object]]:
-    """Weights; biases and other 1-D parameters (no decay); quantizer steps (no decay, lr times `scale_lr`).
+    """Weights; biases and other 1-D parameters (no decay, lr times `plain_lr`); quantizer steps (no decay, `scale_lr`).
+
+    With Muon, which is for hidden layers, linear weights (the head's) go with the second group.
 
     Each group carries `lr_scale`, the factor on the scheduled learning rate.
 
@@ -20,12 +22,13 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, object]
     """
     steps = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
-    weights = [p for p in trained if p.dim() > 1 and id(p) not in steps]
-    plain = [p for p in trained if p.dim() <= 1 and id(p) not in steps]
+    least = 3 if recipe.optimizer == "muon" else 2
+    weights = [p for p in trained if p.dim() >= least and id(p) not in steps]
+    plain = [p for p in trained if p.dim() < least and id(p) not in steps]
     scales = [p for p in trained if id(p) in steps]
     groups: list[dict[str, object]] = [
         {"params": weights, "weight_decay": recipe.weight_decay, "lr_scale": 1.0},
-        {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": plain, "weight_decay": 0.0, "lr_scale": recipe.plain_lr},
         {"params": scales, "weight_decay": 0.0, "lr_scale": recipe.scale_lr},
     ]
     return [g for g in groups if g["params"]]

@@ -41,7 +41,8 @@ class Recipe:
     objective: `objective(model, recipe, loss) -> loss` lets a paper replace the loss; it is called once, with the model on
     its device, so it may load a `teacher`, hook layers, and weigh its term by `distill`.
     spike_penalty: weight of the mean spike count, each neuron weighted by its share of the operations its spikes cause.
-    scale_lr: multiplies the learning rate of the quantizers' steps. ema: decay of the averaged weights, which are the ones
+    plain_lr multiplies the learning rate of biases and norms (with "muon" of everything but convolutions), scale_lr that of
+    the quantizers' steps. ema: decay of the averaged weights, which are the ones
     evaluated; 0 is off. flip: "alternating" mirrors each image in every other epoch.
     claim, cost, notes: for people; they change nothing.
 
@@ -85,6 +86,7 @@ class Recipe:
     weight_decay: float = 0.05
     momentum: float = 0.9
     betas: tuple[float, ...] = (0.9, 0.999)
+    plain_lr: float = 1.0
     scale_lr: float = 1.0
     schedule: Literal["cosine", "triangle"] = "cosine"
     warmup_epochs: float = 0.0
