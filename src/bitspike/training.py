@@ -115,7 +115,6 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
         accelerator.scaler.load_state_dict(stored["scaler"])
     unread: list[Tensor] = []  # losses of the last steps, still on the device
     epoch_loss, epoch_seconds, before = state.get("epoch_loss", 0.0), state.get("epoch_seconds", 0.0), state["seconds"]
-    _cut_metrics(run, state["step"], accelerator.is_main_process)
 
     def save(step: int, finished: bool = False) -> None:
         if accelerator.is_main_process:
@@ -131,6 +130,7 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
     shown, on_cpu = average.model if average else bare, accelerator.device.type == "cpu"
     with (sole_trainer(run, accelerator.is_main_process), _signals() as caught, _exact(),
           Reporter(steps, state["step"], recipe.batch_size, accelerator.is_main_process, log_seconds) as report):
+        _cut_metrics(run, state["step"], accelerator.is_main_process)
         for step in range(state["step"], steps):
             began = time.monotonic()
             epoch = step // per_epoch
