@@ -1,0 +1,4 @@
+"""`python -m bitspike` is the command `bitspike`."""
+from bitspike.cli import main
+
+main()

@@ -1,0 +1,87 @@
+"""`bitspike demo`: the whole chain on embedded pictures, ending in one table."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from bitspike.cli.files import evaluate_file, export_run
+from bitspike.cli.networks import Pixels, pictures_for
+from bitspike.papers.demo import RECIPES
+from bitspike.profiling import Report, profile
+from bitspike.profiling.of_artifact import milliseconds
+from bitspike.profiling.report import energy
+from bitspike.recipe import Recipe
+from bitspike.training import load_run, normalise, train
+
+_PROFILED = 100
+
+
+def demonstrate(out: Path, overrides: Mapping[str, str]) -> Table:
+    """Train both twins in `out`, export the 4-bit one, measure everything; returns the table."""
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(title="One network, float and 4-bit, on 1,000 real test pictures it has not seen", title_justify="left")
+    table.add_column("network", no_wrap=True)
+    for heading in ("accuracy", "bytes", "spikes\nper neuron", "energy 1\nliterature", "energy 2\nbit-aware",
+                    "energy 3\nsame as ANN", "ms per\nimage", "agrees\nwith torch"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    for name, recipe in RECIPES.items():
+        run = out / name.partition(".")[2]
+        console.print(f"Training {name} into {run} (float weights)" if recipe.bits == 32 else
+                      f"Training {name} into {run} ({recipe.bits}-bit weights in every layer)", style="bold")
+        result = train(recipe, None, run, overrides=overrides)
+        model, recipe = load_run(run)
+        report = _profile(model, recipe, name)
+        label = "float weights, torch" if recipe.bits == 32 else f"{recipe.bits}-bit weights, torch"
+        _row(table, label, result["test_top1"], report.weight_bytes, report, _torch_ms(model, recipe), "")
+
+    file = out / "four_bit.bitspike"
+    console.print(f"Packing {run} into {file}", style="bold")
+    exported = export_run(run, file, None)
+    result = evaluate_file(str(file), None, "test")
+    pixels = _pictures(recipe)
+    report = profile(file, pixels)
+    _row(table, f"{file.name}, integers", result["top1"], exported.bytes, report, report.ms_per_image or 0.0,
+         f"{exported.agreement:.1%}")
+    folder = _leave_pictures(out / "pictures", pixels)
+    table.caption = (f"Bytes: packed weights; of {file.name}: the whole file. Energy per image, see 'bitspike profile {file}'.\n"
+                     f"The network is in {file} and needs no torch: bitspike run {file} {folder}")
+    table.caption_justify = "left"
+    return table
+
+
+def _pictures(recipe: Recipe) -> Pixels:
+    return pictures_for(recipe, None, _PROFILED, "test")[0]
+
+
+def _tensors(recipe: Recipe) -> torch.Tensor:
+    return normalise(torch.from_numpy(_pictures(recipe)).permute(0, 3, 1, 2), recipe)
+
+
+def _profile(model: nn.Module, recipe: Recipe, name: str) -> Report:
+    return profile(model, _tensors(recipe), name=name, batch=50)
+
+
+def _torch_ms(model: nn.Module, recipe: Recipe) -> float:
+    images = _tensors(recipe)
+    with torch.inference_mode():
+        return milliseconds(lambda: model(images), len(images))
+
+
+def _row(table: Table, label: str, top1: float, size: int, report: Report, ms: float, agreement: str) -> None:
+    table.add_row(label, f"{top1:.1f} %", f"{size:,}", f"{report.spikes_per_neuron:.3f}", energy(report.literature_pj),
+                  energy(report.bit_aware.total_pj), energy(report.quantized_ann.total_pj), f"{ms:.2f}", agreement)
+
+
+def _leave_pictures(folder: Path, pixels: Pixels) -> Path:
+    """A few test pictures as files, to try `bitspike run` on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pixels[:5]):
+        Image.fromarray(picture[:, :, 0]).save(folder / f"test_{i}.png")
+    return folder

@@ -1,0 +1,241 @@
+"""The commands that want torch: train, eval, export, profile, layers, recipes, demo. Each imports it when called."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+
+Data = Annotated[Path | None, Parameter(name="--data", env_var="BITSPIKE_DATA")]
+Settings = Annotated[tuple[str, ...], Parameter(name="--set", negative=(), consume_multiple=False)]
+JsonFile = Annotated[Path | None, Parameter(name="--json")]
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _overrides(settings: tuple[str, ...]) -> dict[str, str]:
+    from bitspike.recipe import RecipeError
+
+    values: dict[str, str] = {}
+    for setting in settings:
+        field, equals, value = setting.partition("=")
+        if not equals or not field:
+            raise RecipeError(f"--set {setting}: expected field=value, for example --set epochs=2.")
+        values[field.strip()] = value.strip()
+    return values
+
+
+def _write_json(path: Path | None, data: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+# -------------------------------------------------------------------------------------------------- train
+def train(recipe: str, /, *, out: Path, data: Data = None, settings: Settings = ()) -> int:
+    """Train a recipe into a RUN folder, or go on with an unfinished one (the same command).
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe; 'bitspike recipes' lists them.
+    out
+        The RUN folder: weights, settings and metrics.
+    data
+        Folder of the data sets. Default: the environment variable BITSPIKE_DATA.
+    settings
+        Override a field of the recipe: --set field=value; may be repeated.
+    """
+    from bitspike.papers import find_recipe
+    from bitspike.training import train as train_recipe
+
+    train_recipe(find_recipe(recipe), data, out, overrides=_overrides(settings))
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------- eval
+def evaluate(target: str, /, *, data: Data = None, json_file: JsonFile = None, split: str = "test",
+             threads: int | None = None) -> int:
+    """Accuracy on a data set: with torch for a RUN, with the integer runtime for a .bitspike FILE.
+
+    Parameters
+    ----------
+    target
+        A RUN folder, a .bitspike file or the name of a built-in network.
+    data
+        Folder of the data sets. Default: the environment variable BITSPIKE_DATA.
+    json_file
+        Write the result there, too.
+    split
+        test, val or train.
+    threads
+        Threads of the integer runtime; all cores if not given.
+    """
+    from bitspike.cli.networks import kind_of
+    from bitspike.papers import find_recipe
+
+    kind = kind_of(target)
+    if kind == "recipe":
+        find_recipe(target)  # an unknown name is an error of its own
+        from bitspike.recipe import RecipeError
+
+        raise RecipeError(f"{target} is a recipe, which is not trained yet: 'bitspike train {target} --out RUN', then "
+                          "'bitspike eval RUN'.")
+    if kind == "run":
+        from bitspike.training import evaluate as evaluate_model
+        from bitspike.training import load_run
+
+        model, recipe = load_run(target)
+        result: dict[str, Any] = {"target": target, "runtime": "torch", "recipe": recipe.name, "data": recipe.data,
+                                  "split": split, **evaluate_model(model, recipe, data, split)}
+    else:
+        from bitspike.cli.files import evaluate_file
+
+        result = evaluate_file(target, data, split, threads)
+    _write_json(json_file, result)
+    spent = f", {result['ms_per_image']:.3f} ms per image" if "ms_per_image" in result else ""
+    _console().print(f"{target}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {result['n']} images "
+                     f"({result['data']} {split}, {result['runtime']}{spent})")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- export
+def export(target: str, /, *, output: Annotated[Path, Parameter(name=["--output", "-o"])], data: Data = None,
+           settings: Settings = (), min_agreement: float = 0.99) -> int:
+    """Write a trained RUN as one .bitspike file and compare the two.
+
+    A RECIPE gives random weights with calibrated norms: how large would the file be?
+
+    Parameters
+    ----------
+    target
+        A RUN folder or the name of a recipe.
+    output
+        The file to write.
+    data
+        Folder of the data sets. Default: the environment variable BITSPIKE_DATA.
+    settings
+        For a recipe: override a field, --set field=value; may be repeated.
+    min_agreement
+        Refuse if fewer pictures (of 1) have the same top-1 class as with torch. Random weights are never refused.
+    """
+    from bitspike.cli.files import export_recipe, export_run
+    from bitspike.cli.networks import kind_of
+    from bitspike.papers import find_recipe
+    from bitspike.exporting import ExportError
+    from bitspike.recipe import RecipeError
+
+    kind = kind_of(target)
+    if kind == "file":
+        raise ExportError(f"{target} is a .bitspike file already; export takes a RUN folder or a recipe's name.")
+    if kind == "run":
+        if settings:
+            raise RecipeError("--set changes a recipe; a trained run is exported as it is.")
+        report = export_run(target, output, data, min_agreement)
+    else:
+        report = export_recipe(find_recipe(target).override(_overrides(settings)), output, data)
+    _console().print(str(report), markup=False)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ profile
+def profile(target: str, /, *, data: Data = None, json_file: JsonFile = None, images: int = 64, settings: Settings = (),
+            threads: int | None = None) -> int:
+    """Bytes, operations, spikes and energy (three accounts), layer by layer.
+
+    Parameters
+    ----------
+    target
+        A RUN folder, a .bitspike file (also timed; needs no torch), or a recipe's name (random weights).
+    data
+        Folder of the data sets; without it the pictures are those of the embedded Fashion-MNIST sample.
+        Default: the environment variable BITSPIKE_DATA.
+    json_file
+        Write the report there, too.
+    images
+        How many pictures to count spikes on.
+    settings
+        For a recipe: override a field, --set field=value; may be repeated.
+    threads
+        Threads of the integer runtime; all cores if not given.
+    """
+    from bitspike.cli.networks import kind_of
+
+    if images < 1:
+        raise ValueError(f"--images {images}: at least 1 is needed.")
+    kind = kind_of(target)
+    if kind == "file":
+        from bitspike.cli.files import profile_file
+
+        report, used = profile_file(target, data, images, threads)
+    else:
+        from bitspike.cli.models import profile_recipe, profile_run
+
+        report, used = (profile_run(target, data, images) if kind == "run"
+                        else profile_recipe(target, _overrides(settings), data, images))
+    _write_json(json_file, {**report.to_dict(), "pictures": used})
+    console = _console()
+    Console(highlight=False, width=max(console.width, report.WIDTH)).print(report)
+    console.print(f"Pictures: {used}.", style="dim")
+    return 0
+
+
+# ------------------------------------------------------------------------------------- layers and recipes
+def layers(recipe: str, /, *, settings: Settings = ()) -> int:
+    """List the layers of a recipe that can be quantized, with their shapes and bits, and its neurons.
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe.
+    settings
+        Override a field of the recipe: --set field=value; may be repeated.
+    """
+    from bitspike.cli.models import layer_tables
+    from bitspike.papers import find_recipe
+
+    for table in layer_tables(find_recipe(recipe).override(_overrides(settings))):
+        _wide(table)
+    return 0
+
+
+def recipes() -> int:
+    """List the recipes: name, data, bits, claim, cost."""
+    from bitspike.cli.models import bits_of
+    from bitspike.papers import all_recipes
+
+    table = Table(show_lines=True)
+    for heading in ("recipe", "data", "bits"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("claim", "cost"):
+        table.add_column(heading)
+    for name, recipe in all_recipes().items():
+        table.add_row(name, recipe.data, bits_of(recipe), recipe.claim, recipe.cost)
+    _wide(table)
+    return 0
+
+
+def _wide(table: Table) -> None:
+    """Print at least 120 columns: a table whose names are cut is of no use in a pipe."""
+    Console(highlight=False, width=max(_console().width, 120)).print(table)
+
+
+# --------------------------------------------------------------------------------------------------- demo
+def demo(*, out: Path = Path("runs/demo"), settings: Settings = ()) -> int:
+    """Train a float and a 4-bit spiking transformer on embedded pictures, pack it, run it as integers: some minutes.
+
+    Parameters
+    ----------
+    out
+        Folder for both runs and the .bitspike file. What is there is used again.
+    settings
+        Override a field of both recipes: --set field=value; may be repeated.
+    """
+    from bitspike.cli.demonstration import demonstrate
+
+    _wide(demonstrate(out, _overrides(settings)))
+    return 0

@@ -1,0 +1,139 @@
+"""Artifacts on the command line: write, evaluate, profile."""
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitspike.cli.networks import Pixels, as_pixels, pictures_for, sample_pictures, split_pictures
+from bitspike.deploy import ArtifactError, Net, load
+from bitspike.profiling import Report, profile
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bitspike.exporting import ExportReport
+    from bitspike.recipe import Recipe
+
+_CALIBRATION, _CHECK = 256, 500
+
+
+# ------------------------------------------------------------------------------------------------- export
+def _provenance(recipe: Recipe, **more: Any) -> dict[str, Any]:
+    import bitspike
+    from bitspike.checkpoints import _commit
+
+    return {"recipe": recipe.name, "data": recipe.data, "image_size": recipe.image_size, "settings": recipe.to_dict(),
+            "bitspike": bitspike.__version__, "commit": _commit(), **more}
+
+
+def _export(model: nn.Module, recipe: Recipe, output: Path, classes: tuple[str, ...], calibration: Pixels, check: Pixels,
+            min_agreement: float, in_memory: bool, **provenance: Any) -> ExportReport:
+    from bitspike.exporting import export_model
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # as evaluation does it: small pictures are taken whole, photographs lose a border
+    resize = recipe.image_size if in_memory else round(recipe.image_size / 0.875)
+    channels = calibration.shape[3]
+    std = recipe.std if len(recipe.std) == len(recipe.mean) else recipe.std * len(recipe.mean)
+    return export_model(model, output, mean=recipe.mean, std=std, image_size=recipe.image_size, channels=channels,
+                        classes=classes, calibration_images=calibration, name=recipe.name,
+                        time_steps=int(getattr(model, "time_steps", 1)), resize=resize,
+                        provenance=_provenance(recipe, **provenance), min_agreement=min_agreement, check_images=check)
+
+
+def export_run(run: str | Path, output: Path, data_dir: Path | None, min_agreement: float = 0.99) -> ExportReport:
+    """Export a trained run, calibrated on training pictures and compared on test pictures of its own data."""
+    from bitspike.checkpoints import load_run
+    from bitspike.data import Arrays, load as load_data
+
+    model, recipe = load_run(run)
+    data = load_data(recipe.data, data_dir)
+    channels = len(recipe.mean)
+    calibration = split_pictures(data, "train", _CALIBRATION, recipe.image_size, channels)
+    check = split_pictures(data, "test", _CHECK, recipe.image_size, channels)
+    return _export(model, recipe, output, data.classes, calibration, check, min_agreement, isinstance(data.test, Arrays),
+                   data_hash=data.hash)
+
+
+def export_recipe(recipe: Recipe, output: Path, data_dir: Path | None) -> ExportReport:
+    """Export random weights with calibrated norms: for the size, not for the answers."""
+    import torch
+
+    from bitspike.checkpoints import build
+    from bitspike.data import Arrays
+    from bitspike.exporting import calibrate_norms
+
+    model = build(recipe)
+    count = 32 if recipe.image_size > 64 else 128
+    pixels, data = pictures_for(recipe, data_dir, count, "train")
+    calibrate_norms(model, pixels, recipe.mean, recipe.std)
+    if data is not None:
+        classes = data.classes
+    else:
+        size, channels = recipe.image_size, len(recipe.mean)
+        with torch.no_grad():
+            outputs = model.eval()(torch.zeros(1, channels, size, size)).shape[-1]
+        classes = tuple(f"class {i}" for i in range(outputs))
+    whole = data is None or isinstance(data.test, Arrays)
+    return _export(model.eval(), recipe, output, classes, pixels, pixels, 0.0, whole and recipe.image_size <= 64,
+                   weights="random")
+
+
+# --------------------------------------------------------------------------------------------------- eval
+def _dataset_name(net: Net, target: str) -> str:
+    name = net.header.get("provenance", {}).get("data")
+    if not isinstance(name, str):
+        raise ArtifactError(f"{target}: its provenance names no data set, so it cannot be evaluated; 'bitspike run' takes "
+                            "pictures.")
+    return name
+
+
+def evaluate_file(target: str, data_dir: Path | None, split: str, threads: int | None = None) -> dict[str, Any]:
+    """top1 and top5 in percent, n and ms_per_image of an artifact on its own data. Errors: ArtifactError, DataError."""
+    net = load(target)
+    name = _dataset_name(net, target)
+    from bitspike.data import DataError, load as load_data
+    from bitspike.data.loader import evaluation_batches
+
+    data = load_data(name, data_dir)
+    if list(data.classes) != net.classes:
+        raise DataError(f"{target} has {len(net.classes)} classes ({net.classes[0]!r} ...), {name} there has "
+                        f"{len(data.classes)} ({data.classes[0]!r} ...).")
+    height, width, channels = net.input_shape
+    hits = np.zeros(2, np.int64)
+    seen, seconds = 0, 0.0
+    for pixels, labels in evaluation_batches(data.split(split), height, 250, 2):
+        images = as_pixels(pixels, channels)
+        began = time.perf_counter()
+        logits = net(images, threads)
+        seconds += time.perf_counter() - began
+        order = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels.numpy()[:, None]
+        hits += [order[:, 0].sum(), order.sum()]
+        seen += len(images)
+    if not seen:
+        raise DataError(f"{name}: its split {split!r} has no images.")
+    top1, top5 = (100 * hits / seen).round(4).tolist()
+    return {"target": target, "runtime": "integer", "recipe": net.header["name"], "data": name, "split": split, "top1": top1,
+            "top5": top5, "n": seen, "ms_per_image": 1e3 * seconds / seen}
+
+
+# ------------------------------------------------------------------------------------------------ profile
+def profile_file(target: str, data_dir: Path | None, count: int, threads: int | None = None) -> tuple[Report, str]:
+    """(report, where the pictures are from). Without a data folder it needs no torch."""
+    net = load(target)
+    height, width, channels = net.input_shape
+    name = net.header.get("provenance", {}).get("data")
+    if data_dir is not None and isinstance(name, str) and name != "fashion_mnist_sample":
+        from bitspike.data import load as load_data
+
+        pixels = split_pictures(load_data(name, data_dir), "test", count, height, channels)
+        used = f"{len(pixels)} of {name} test"
+    else:
+        pixels = sample_pictures(count, height, width, channels)
+        used = f"{len(pixels)} of the embedded Fashion-MNIST sample"
+        if name != "fashion_mnist_sample":
+            used += ", which are not what the network was made for; give --data"
+    return profile(target, pixels, threads=threads), used

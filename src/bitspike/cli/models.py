@@ -1,0 +1,82 @@
+"""Torch models on the command line: profiles and lists of layers."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from bitspike.checkpoints import build, load_run
+from bitspike.cli.networks import Pixels, pictures_for
+from bitspike.exporting import calibrate_norms
+from bitspike.layers import latent_weight, neurons_with_membrane, quantizable, quantizer_of
+from bitspike.neurons import IELIF, LIF
+from bitspike.papers import find_recipe
+from bitspike.profiling import Report, profile
+from bitspike.recipe import Recipe
+from bitspike.training import normalise
+
+
+def bits_of(recipe: Recipe) -> str:
+    """The widths a recipe asks for, as text."""
+    spec = recipe.quant_spec()
+    if spec is None:
+        return "float"
+    widths = sorted({scheme.bits for _, scheme in spec.rules if scheme.kind not in ("full", "membrane")})
+    return ", ".join(map(str, widths)) or "float"
+
+
+def _images(pixels: Pixels, recipe: Recipe) -> torch.Tensor:
+    return normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2), recipe)
+
+
+def _used(pixels: Pixels, recipe: Recipe, own: bool) -> str:
+    if own:
+        return f"{len(pixels)} of {recipe.data} test"
+    return f"{len(pixels)} of the embedded Fashion-MNIST sample, not of {recipe.data}; give --data"
+
+
+def profile_run(run: str, data_dir: Path | None, count: int) -> tuple[Report, str]:
+    """Profile a trained run on test pictures of its own data."""
+    model, recipe = load_run(run)
+    pixels, data = pictures_for(recipe, data_dir, count, "test")
+    return profile(model, _images(pixels, recipe), name=f"{recipe.name} in {run}"), _used(pixels, recipe, data is not None)
+
+
+def profile_recipe(name: str, overrides: Mapping[str, str], data_dir: Path | None, count: int) -> tuple[Report, str]:
+    """Profile a recipe's model with random weights and calibrated norms: shapes are exact, spikes are not those of training."""
+    recipe = find_recipe(name).override(overrides)
+    model = build(recipe)
+    large = recipe.image_size > 64
+    pixels, data = pictures_for(recipe, data_dir, min(count, 8) if large else count, "test")
+    calibrate_norms(model, pixels, recipe.mean, recipe.std)
+    report = profile(model, _images(pixels, recipe), name=f"{recipe.name}, random weights", batch=2 if large else 8)
+    return report, _used(pixels, recipe, data is not None)
+
+
+def layer_tables(recipe: Recipe) -> list[Table]:
+    """Layers that can be quantized, and neurons."""
+    model = build(recipe)
+    listed = Table(title=f"{recipe.name}: layers", title_justify="left")
+    for heading in ("layer", "type", "weight"):
+        listed.add_column(heading, no_wrap=True)
+    listed.add_column("weights", justify="right")
+    listed.add_column("quantizer", no_wrap=True)
+    total = 0
+    for name, layer in quantizable(model).items():
+        weight, quantizer = latent_weight(layer), quantizer_of(layer)
+        form = "full precision" if quantizer is None else f"{type(quantizer).__name__}, {quantizer.bits} bits"
+        kind = type(layer).__name__.removeprefix("Parametrized")
+        listed.add_row(name, kind, "x".join(map(str, weight.shape)), f"{weight.numel():,}", form)
+        total += weight.numel()
+    listed.caption = f"{len(quantizable(model))} layers, {total:,} weights"
+    neurons = Table(title="neurons", title_justify="left")
+    neurons.add_column("neuron", no_wrap=True)
+    neurons.add_column("is", no_wrap=True)
+    lifs = neurons_with_membrane(model)
+    for name, module in model.named_modules():
+        if isinstance(module, (LIF, IELIF)):
+            kept = f", membrane {lifs[name].membrane}" if name in lifs and lifs[name].membrane is not None else ""
+            neurons.add_row(name, f"{type(module).__name__}({module.extra_repr()}){kept}")
+    return [listed, neurons]

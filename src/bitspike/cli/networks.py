@@ -1,0 +1,72 @@
+"""What a word on the command line can mean (a RUN folder, a .bitspike FILE, a RECIPE), and pictures to feed a network."""
+from __future__ import annotations
+
+import gzip
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitspike.deploy.runtime import builtin_names
+
+if TYPE_CHECKING:
+    from bitspike.data import Dataset
+    from bitspike.recipe import Recipe
+
+Pixels = np.ndarray  # uint8 [N, H, W, C]
+
+
+def kind_of(target: str) -> str:
+    """"run", "file" or "recipe"."""
+    path = Path(target)
+    if path.is_dir():
+        return "run"
+    if path.is_file() or target.endswith(".bitspike") or target in builtin_names():
+        return "file"
+    return "recipe"
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+def sample_pictures(count: int, height: int, width: int, channels: int) -> Pixels:
+    """Pictures of the embedded Fashion-MNIST sample, fitted to any size: for networks whose own data is not at hand."""
+    from PIL import Image
+
+    folder = resources.files("bitspike.data") / "fashion_mnist_sample"
+    raw = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())
+    grey = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)[:count]
+    if (height, width) != (28, 28):
+        grey = np.stack([np.asarray(Image.fromarray(g).resize((width, height), Image.Resampling.BICUBIC)) for g in grey])
+    return np.ascontiguousarray(np.repeat(grey[..., None], channels, axis=3))
+
+
+def split_pictures(data: Dataset, split: str, count: int, size: int, channels: int) -> Pixels:
+    """The first `count` pictures of a split, as evaluation sees them; spread over the split if it is sorted by class."""
+    import torch
+
+    from bitspike.data.loader import evaluation_batches
+    from bitspike.data.splits import take
+
+    whole = data.split(split)
+    index = torch.linspace(0, len(whole) - 1, min(count, len(whole))).long()
+    parts = [pixels for pixels, _ in evaluation_batches(take(whole, index), size, 64, 0)]
+    return as_pixels(torch.cat(parts), channels)
+
+
+def as_pixels(images_BCHW: Any, channels: int) -> Pixels:
+    """torch uint8 [B, C, H, W] -> numpy uint8 [B, H, W, channels]; a grey picture becomes three equal channels."""
+    pixels = images_BCHW.permute(0, 2, 3, 1).numpy()
+    if pixels.shape[3] != channels:
+        pixels = np.repeat(pixels[..., :1], channels, axis=3)
+    return np.ascontiguousarray(pixels)
+
+
+def pictures_for(recipe: Recipe, data_dir: Path | None, count: int, split: str) -> tuple[Pixels, Dataset | None]:
+    """Pictures of the recipe's own data, or of the embedded sample where the data is not at hand."""
+    from bitspike.data import load
+
+    channels = len(recipe.mean)
+    if data_dir is None and recipe.data != "fashion_mnist_sample":
+        return sample_pictures(count, recipe.image_size, recipe.image_size, channels), None
+    data = load(recipe.data, data_dir)
+    return split_pictures(data, split, count, recipe.image_size, channels), data
