@@ -83,7 +83,8 @@ struct Avx2 {
         : low(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(v))),
           high(_mm256_cvtepi32_epi64(_mm256_extracti128_si256(v, 1))) {}
     explicit Factor(const int32_t* p) : Factor(load(p)) {}
-    explicit Factor(int32_t v) : low(_mm256_set1_epi64x(v)), high(low) {}
+    Factor(__m256i l, __m256i h) : low(l), high(h) {}
+    explicit Factor(int64_t v) : low(_mm256_set1_epi64x(v)), high(low) {}
   };
   static Factor factor(const int32_t* p, int lanes) { return Factor(load(p, lanes)); }
 
@@ -98,10 +99,15 @@ struct Avx2 {
           shift(_mm_cvtsi32_si128(s)) {}
   };
 
+  static __m256i shifted4(__m128i x, __m256i m, const Scale& s) {
+    const __m256i product = _mm256_mul_epi32(_mm256_cvtepi32_epi64(x), m);
+    return _mm256_sub_epi64(_mm256_srl_epi64(_mm256_add_epi64(product, s.half_and_bias), s.shift), s.bias_after);
+  }
+  static Factor shifted(I32 x, const Factor& m, const Scale& s) {
+    return {shifted4(_mm256_castsi256_si128(x), m.low, s), shifted4(_mm256_extracti128_si256(x, 1), m.high, s)};
+  }
   static __m256i requant4(__m128i acc, __m256i m, __m256i b, const Scale& s) {
-    const __m256i product = _mm256_mul_epi32(_mm256_cvtepi32_epi64(acc), m);
-    const __m256i shifted = _mm256_srl_epi64(_mm256_add_epi64(product, s.half_and_bias), s.shift);
-    __m256i y = _mm256_add_epi64(_mm256_sub_epi64(shifted, s.bias_after), b);
+    __m256i y = _mm256_add_epi64(shifted4(acc, m, s), b);
     const __m256i most = _mm256_set1_epi64x(INT32_MAX), least = _mm256_set1_epi64x(INT32_MIN);
     y = _mm256_blendv_epi8(y, most, _mm256_cmpgt_epi64(y, most));
     return _mm256_blendv_epi8(y, least, _mm256_cmpgt_epi64(least, y));
@@ -116,6 +122,14 @@ struct Avx2 {
   static I32 clip(I32 v, int32_t lo, int32_t hi) {
     return _mm256_min_epi32(_mm256_max_epi32(v, _mm256_set1_epi32(lo)), _mm256_set1_epi32(hi));
   }
+  static I32 multiply_add(I32 acc, I32 a, I32 b) { return _mm256_add_epi32(acc, _mm256_mullo_epi32(a, b)); }
+  static I32 more(I32 a, I32 b) { return _mm256_cmpgt_epi32(a, b); }
+  static I32 not_(I32 a) { return _mm256_xor_si256(a, _mm256_set1_epi32(-1)); }
+  static I32 and_(I32 a, I32 b) { return _mm256_and_si256(a, b); }
+  static I32 select(I32 where, I32 a, I32 b) { return _mm256_blendv_epi8(b, a, where); }
+  static I32 splat(int32_t v) { return _mm256_set1_epi32(v); }
+  static I32 sub(I32 a, I32 b) { return _mm256_sub_epi32(a, b); }
+  static I32 shift_left(I32 a, int n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(n)); }
   // Overflow: both have the same sign, and the sum another one. It becomes INT32_MAX or INT32_MIN by the sign of a.
   static I32 add_saturating(I32 a, I32 b) {
     const I32 sum = _mm256_add_epi32(a, b);

@@ -71,7 +71,8 @@ struct Avx512 {
         : low(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(v))),
           high(_mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1))) {}
     explicit Factor(const int32_t* p) : Factor(_mm512_loadu_si512(p)) {}
-    explicit Factor(int32_t v) : low(_mm512_set1_epi64(v)), high(low) {}
+    Factor(__m512i l, __m512i h) : low(l), high(h) {}
+    explicit Factor(int64_t v) : low(_mm512_set1_epi64(v)), high(low) {}
   };
   static Factor factor(const int32_t* p, int lanes) { return Factor(load(p, lanes)); }
 
@@ -82,10 +83,15 @@ struct Avx512 {
         : half(_mm512_set1_epi64(s > 0 ? int64_t{1} << (s - 1) : 0)), shift(_mm_cvtsi32_si128(s)) {}
   };
 
+  static __m512i shifted8(__m256i x, __m512i m, const Scale& s) {
+    const __m512i product = _mm512_mul_epi32(_mm512_cvtepi32_epi64(x), m);
+    return _mm512_sra_epi64(_mm512_add_epi64(product, s.half), s.shift);
+  }
+  static Factor shifted(I32 x, const Factor& m, const Scale& s) {
+    return {shifted8(_mm512_castsi512_si256(x), m.low, s), shifted8(_mm512_extracti64x4_epi64(x, 1), m.high, s)};
+  }
   static __m256i requant8(__m256i acc, __m512i m, __m512i b, const Scale& s) {
-    const __m512i product = _mm512_mul_epi32(_mm512_cvtepi32_epi64(acc), m);
-    const __m512i shifted = _mm512_sra_epi64(_mm512_add_epi64(product, s.half), s.shift);
-    return _mm512_cvtsepi64_epi32(_mm512_add_epi64(shifted, b));  // saturates
+    return _mm512_cvtsepi64_epi32(_mm512_add_epi64(shifted8(acc, m, s), b));  // saturates
   }
   static I32 requant(I32 acc, const Factor& m, const Factor& b, const Scale& s) {
     const __m256i low = requant8(_mm512_castsi512_si256(acc), m.low, b.low, s);
@@ -96,6 +102,14 @@ struct Avx512 {
   static I32 clip(I32 v, int32_t lo, int32_t hi) {
     return _mm512_min_epi32(_mm512_max_epi32(v, _mm512_set1_epi32(lo)), _mm512_set1_epi32(hi));
   }
+  static I32 multiply_add(I32 acc, I32 a, I32 b) { return _mm512_add_epi32(acc, _mm512_mullo_epi32(a, b)); }
+  static I32 more(I32 a, I32 b) { return _mm512_movm_epi32(_mm512_cmpgt_epi32_mask(a, b)); }
+  static I32 not_(I32 a) { return _mm512_xor_si512(a, _mm512_set1_epi32(-1)); }
+  static I32 and_(I32 a, I32 b) { return _mm512_and_si512(a, b); }
+  static I32 select(I32 where, I32 a, I32 b) { return _mm512_ternarylogic_epi32(where, a, b, 0xca); }
+  static I32 splat(int32_t v) { return _mm512_set1_epi32(v); }
+  static I32 sub(I32 a, I32 b) { return _mm512_sub_epi32(a, b); }
+  static I32 shift_left(I32 a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
   // Overflow: both have the same sign, and the sum another one. It becomes INT32_MAX or INT32_MIN by the sign of a.
   static I32 add_saturating(I32 a, I32 b) {
     const I32 sum = _mm512_add_epi32(a, b);

@@ -12,7 +12,7 @@ void quantize(const int32_t* x, size_t rows, size_t channels, const int32_t* m, 
   // u8 and s8 differ in lo and hi only: the low byte of the clipped code is the code in both.
   uint8_t* to = static_cast<uint8_t*>(y);
   const typename V::Scale scale(shift);
-  const typename V::Factor zero(0), one_m(m[0]);
+  const typename V::Factor zero(int64_t{0}), one_m(int64_t{m[0]});
   for (size_t r = 0; r < rows; ++r, x += channels, to += channels)
     for (size_t c = 0; c < channels; c += V::kLanes) {
       const int lanes = channels - c < V::kLanes ? static_cast<int>(channels - c) : V::kLanes;
@@ -25,7 +25,7 @@ template <class V, class Load>
 void affine_rows(size_t rows, size_t channels, const int32_t* m, const int32_t* b, bool per_channel, int shift,
                  int32_t* y, Load load) {
   const typename V::Scale scale(shift);
-  const typename V::Factor one_m(m[0]), one_b(b[0]);
+  const typename V::Factor one_m(int64_t{m[0]}), one_b(int64_t{b[0]});
   for (size_t r = 0; r < rows; ++r)
     for (size_t c = 0; c < channels; c += V::kLanes) {
       const int lanes = channels - c < V::kLanes ? static_cast<int>(channels - c) : V::kLanes;
@@ -88,42 +88,96 @@ inline void maxpool(const Pool& p, const void* image, int row0, int row1, void* 
     maxpool_rows(p, static_cast<const int32_t*>(image), row0, row1, static_cast<int32_t*>(out));
 }
 
-// scratch: k^T v, int32 [d, d], then one row of q (k^T v).
-inline size_t attention_scratch_bytes(const Attention& a) {
+// Scratch: v widened, int32 [tokens, d]; then k^T v, int32 [d, d]; both with d rounded up to whole vectors.
+template <class V>
+size_t attention_scratch_bytes(const Attention& a) {
   const size_t d = a.head_channels;
-  return sizeof(int32_t) * (d * d + d);
+  return sizeof(int32_t) * round_up(d, V::kLanes) * (a.tokens + d);
 }
 
-// Codes are mostly zero, and a zero needs no row: skip it.
 template <class V>
 void attention(const Attention& a, const uint8_t* q, const uint8_t* k, const uint8_t* v, int32_t* y, void* scratch) {
-  const size_t d = a.head_channels, step = a.channels, tokens = a.tokens;
-  int32_t* kv = static_cast<int32_t*>(scratch);
-  int32_t* acc = kv + d * d;
-  memset(kv, 0, d * d * sizeof(int32_t));
+  using I32 = typename V::I32;
+  constexpr size_t kRows = 4;  // rows per register block; the last block repeats its last row
+  const size_t d = a.head_channels, step = a.channels, tokens = a.tokens, width = round_up(d, V::kLanes);
+  int32_t* wide = static_cast<int32_t*>(scratch);
+  int32_t* kv = wide + tokens * width;
+  memset(wide, 0, tokens * width * sizeof(int32_t));
   for (size_t n = 0; n < tokens; ++n)
-    for (size_t i = 0; i < d; ++i) {
-      const int32_t code = k[n * step + i];
-      if (code)
-        for (size_t j = 0; j < d; ++j) kv[i * d + j] += code * v[n * step + j];
+    for (size_t j = 0; j < d; ++j) wide[n * width + j] = v[n * step + j];
+  for (size_t i = 0; i < d; i += kRows) {
+    const size_t rows = d - i < kRows ? d - i : kRows;
+    const uint8_t* from[kRows];
+    for (size_t r = 0; r < kRows; ++r) from[r] = k + i + (r < rows ? r : rows - 1);
+    for (size_t j = 0; j < width; j += V::kLanes) {
+      I32 acc[kRows] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      for (size_t n = 0; n < tokens; ++n) {
+        const I32 codes = V::load(wide + n * width + j);
+        for (size_t r = 0; r < kRows; ++r) acc[r] = V::dot16(acc[r], codes, V::splat(from[r][n * step]));
+      }
+      for (size_t r = 0; r < rows; ++r) V::store(kv + (i + r) * width + j, acc[r], V::kLanes);
     }
+  }
   const typename V::Scale scale(a.shift);
-  const typename V::Factor m(a.m), zero(0);
-  for (size_t n = 0; n < tokens; ++n) {
-    memset(acc, 0, d * sizeof(int32_t));
-    for (size_t i = 0; i < d; ++i) {
-      const int32_t code = q[n * step + i];
-      if (code)
-        for (size_t j = 0; j < d; ++j) acc[j] += code * kv[i * d + j];
-    }
+  const typename V::Factor m(int64_t{a.m}), zero(int64_t{0});
+  for (size_t n = 0; n < tokens; n += kRows) {
+    const size_t rows = tokens - n < kRows ? tokens - n : kRows;
+    const uint8_t* from[kRows];
+    for (size_t r = 0; r < kRows; ++r) from[r] = q + (n + (r < rows ? r : rows - 1)) * step;
     for (size_t j = 0; j < d; j += V::kLanes) {
       const int lanes = d - j < V::kLanes ? static_cast<int>(d - j) : V::kLanes;
-      V::store(y + n * step + j, V::requant(V::load(acc + j, lanes), m, zero, scale), lanes);
+      I32 acc[kRows] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      for (size_t i = 0; i < d; ++i) {
+        const I32 row = V::load(kv + i * width + j);
+        for (size_t r = 0; r < kRows; ++r) acc[r] = V::multiply_add(acc[r], row, V::splat(from[r][i]));
+      }
+      for (size_t r = 0; r < rows; ++r) V::store(y + (n + r) * step + j, V::requant(acc[r], m, zero, scale), lanes);
     }
   }
 }
 
-// mean, lif, ielif and lookup have no vector version yet: they are a small part of every network measured so far.
+// The steps of a few neurons at a time: their potentials stay in registers.
+template <class V>
+void lif(const Lif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
+  using I32 = typename V::I32;
+  const typename V::Factor decay(int64_t{p.decay_m}), gain(int64_t{p.gain_m}), one(int64_t{1});
+  const typename V::Factor minus_threshold(-int64_t{p.threshold});
+  const typename V::Scale decay_scale(p.decay_s), gain_scale(p.gain_s), unit(0);
+  const I32 threshold = V::splat(p.threshold);
+  for (size_t i = 0; i < count; i += V::kLanes) {
+    const int lanes = count - i < V::kLanes ? static_cast<int>(count - i) : V::kLanes;
+    I32 v = V::zero();
+    for (int t = 0; t < p.steps; ++t) {
+      const typename V::Factor drive = V::shifted(V::load(x + t * x_stride + i, lanes), gain, gain_scale);
+      const I32 h = V::requant(v, decay, drive, decay_scale);
+      const I32 spike = p.strict ? V::more(h, threshold) : V::not_(V::more(threshold, h));
+      V::store_codes(y + t * y_stride + i, V::and_(spike, V::splat(1)), lanes);
+      v = h;
+      if (p.reset == Lif::Reset::hard) v = V::select(spike, V::zero(), h);
+      if (p.reset == Lif::Reset::soft) v = V::select(spike, V::requant(h, one, minus_threshold, unit), h);
+    }
+  }
+}
+
+template <class V>
+void ielif(const IeLif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
+  using I32 = typename V::I32;
+  const typename V::Factor decay(int64_t{p.decay_m}), one(int64_t{1}), zero(int64_t{0});
+  const typename V::Scale decay_scale(p.decay_s), fraction(p.fraction_bits);
+  for (size_t i = 0; i < count; i += V::kLanes) {
+    const int lanes = count - i < V::kLanes ? static_cast<int>(count - i) : V::kLanes;
+    I32 v = V::zero();
+    for (int t = 0; t < p.steps; ++t) {
+      const I32 u = V::add_saturating(v, V::load(x + t * x_stride + i, lanes));
+      const I32 n = V::clip(V::requant(u, one, zero, fraction), 0, p.levels);
+      V::store_codes(y + t * y_stride + i, n, lanes);
+      // n << F may wrap, the difference does not: n is u rounded or less, so it lies in -2^(F-1) .. u.
+      v = V::requant(V::sub(u, V::shift_left(n, p.fraction_bits)), decay, zero, decay_scale);
+    }
+  }
+}
+
+// mean and lookup have no vector version: they are a small part of every network.
 template <class V>
 constexpr Kernels kernels(const char* name) {
   return {name,
@@ -135,11 +189,11 @@ constexpr Kernels kernels(const char* name) {
           affine<V>,
           add<V>,
           maxpool,
-          attention_scratch_bytes,
+          attention_scratch_bytes<V>,
           attention<V>,
           scalar_mean,
-          scalar_lif,
-          scalar_ielif,
+          lif<V>,
+          ielif<V>,
           scalar_lookup};
 }
 

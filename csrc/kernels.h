@@ -98,8 +98,6 @@ extern const Kernels kernels_scalar;
 // The scalar kernels that other sets borrow. (Their tables must be constants: code that runs when the module is loaded
 // must not use instructions the CPU may lack.)
 void scalar_mean(Kind, const void* x, size_t rows, size_t columns, size_t row_stride, int32_t m, int32_t* y);
-void scalar_lif(const Lif&, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride);
-void scalar_ielif(const IeLif&, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride);
 void scalar_lookup(const uint8_t* x, size_t rows, size_t channels, const int8_t* table, int8_t* y);
 
 #ifdef BITSPIKE_X86

@@ -105,20 +105,7 @@ void attention(const Attention& a, const uint8_t* q, const uint8_t* k, const uin
     }
 }
 
-}  // namespace
-
-void scalar_mean(Kind kind, const void* x, size_t rows, size_t columns, size_t row_stride, int32_t m, int32_t* y) {
-  const int64_t n = static_cast<int64_t>(rows);
-  for (size_t c = 0; c < columns; ++c) {
-    int64_t sum = 0;
-    for (size_t r = 0; r < rows; ++r) sum += value(kind, x, r * row_stride + c);
-    const int64_t top = 2 * m * sum + n, bottom = 2 * n;
-    const int64_t towards_zero = top / bottom;
-    y[c] = sat32(towards_zero - (top % bottom < 0));
-  }
-}
-
-void scalar_lif(const Lif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
+void lif(const Lif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
   for (size_t i = 0; i < count; ++i) {
     int32_t v = 0;
     for (int t = 0; t < p.steps; ++t) {
@@ -133,7 +120,7 @@ void scalar_lif(const Lif& p, const int32_t* x, size_t count, size_t x_stride, u
   }
 }
 
-void scalar_ielif(const IeLif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
+void ielif(const IeLif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
   for (size_t i = 0; i < count; ++i) {
     int32_t v = 0;
     for (int t = 0; t < p.steps; ++t) {
@@ -145,6 +132,19 @@ void scalar_ielif(const IeLif& p, const int32_t* x, size_t count, size_t x_strid
   }
 }
 
+}  // namespace
+
+void scalar_mean(Kind kind, const void* x, size_t rows, size_t columns, size_t row_stride, int32_t m, int32_t* y) {
+  const int64_t n = static_cast<int64_t>(rows);
+  for (size_t c = 0; c < columns; ++c) {
+    int64_t sum = 0;
+    for (size_t r = 0; r < rows; ++r) sum += value(kind, x, r * row_stride + c);
+    const int64_t top = 2 * m * sum + n, bottom = 2 * n;
+    const int64_t towards_zero = top / bottom;
+    y[c] = sat32(towards_zero - (top % bottom < 0));
+  }
+}
+
 void scalar_lookup(const uint8_t* x, size_t rows, size_t channels, const int8_t* table, int8_t* y) {
   for (size_t r = 0; r < rows; ++r)
     for (size_t c = 0; c < channels; ++c) y[r * channels + c] = table[c * 256 + x[r * channels + c]];
@@ -153,6 +153,6 @@ void scalar_lookup(const uint8_t* x, size_t rows, size_t channels, const int8_t*
 constexpr Kernels kernels_scalar = {"scalar",    conv_packed_bytes, conv_pack,   conv_scratch_bytes,
                                     conv,        quantize,          affine,      add,
                                     maxpool,     attention_scratch_bytes, attention, scalar_mean,
-                                    scalar_lif,  scalar_ielif,      scalar_lookup};
+                                    lif,         ielif,             scalar_lookup};
 
 }  // namespace bitspike

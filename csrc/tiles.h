@@ -186,7 +186,7 @@ struct Windows {
   }
 };
 
-template <class V>
+template <class V, bool kSigned>
 void depthwise(const Conv& c, const uint8_t* codes, int pixels, int32_t* out) {
   const DepthwisePacking p(c, V::kLanes, c.packed);
   const typename V::Scale scale(c.shift);
@@ -203,7 +203,7 @@ void depthwise(const Conv& c, const uint8_t* codes, int pixels, int32_t* out) {
           const uint8_t* x = codes + ky * row + static_cast<size_t>(kx) * c.channels + o;
           for (int i = 0; i < V::kPixels; ++i) {
             const uint8_t* from = x + windows.offset[i];
-            acc[i] = V::dot16(acc[i], c.kind == Kind::s8 ? V::widen_s8(from) : V::widen_u8(from), weight);
+            acc[i] = V::dot16(acc[i], kSigned ? V::widen_s8(from) : V::widen_u8(from), weight);
           }
         }
       const typename V::Factor m(p.m + o), b(p.b + o);
@@ -225,7 +225,8 @@ void conv(const Conv& c, const void* image, int row0, int row1, int32_t* out, vo
     pad_rows(c, in, first_row, rows, 0, c.channels, codes,
              [](uint8_t* to, const uint8_t* from, size_t n) { memcpy(to, from, n); },
              [](int16_t v) { return static_cast<uint8_t>(v); });
-    depthwise<V>(c, codes, pixels, out);
+    if (c.kind == Kind::s8) depthwise<V, true>(c, codes, pixels, out);
+    else depthwise<V, false>(c, codes, pixels, out);
     return;
   }
   const int channels = c.group_channels(), outputs = c.group_outputs();

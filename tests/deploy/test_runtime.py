@@ -43,7 +43,7 @@ def test_same_numbers_on_all_kernels_batches_and_threads(seed: int, monkeypatch:
     np.testing.assert_array_equal(net(images, threads=3), expected)
     np.testing.assert_array_equal(np.concatenate([net(images[:2]), net(images[2:2]), net(images[2:])]), expected)
     np.testing.assert_array_equal(net(images[::-1])[::-1], expected)
-    monkeypatch.setattr(runtime, "CHUNK_BYTES", 2 * net.program.live_bytes)
+    monkeypatch.setattr(runtime, "CHUNK_BYTES", net.program.live_bytes)
     np.testing.assert_array_equal(net(images, threads=2), expected)
 
 

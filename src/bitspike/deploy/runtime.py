@@ -15,7 +15,7 @@ from bitspike.deploy.ops import Array
 from bitspike.deploy.program import Op, Program
 
 ZOO = Path(__file__).parent / "zoo"
-CHUNK_BYTES = 32 << 20  # values alive at once; more would leave the caches and gain nothing
+CHUNK_BYTES = 4 << 20  # values alive at once, per thread; more would leave the caches and gain nothing
 
 #: one op bound to its kernels: (inputs, threads) -> output
 _Step = Callable[[list[Array], int], Array]
@@ -99,7 +99,7 @@ class Net:
         images, count = self._check(images, threads)
         program = self.program
         logits = np.empty((len(images), len(self.header["classes"])), np.float32)
-        chunk = max(1, CHUNK_BYTES // program.live_bytes)
+        chunk = max(1, CHUNK_BYTES * count // program.live_bytes)
         steps = self._steps()
         for first in range(0, len(images), chunk):
             values: dict[str, Array] = {"pixels": images[None, first : first + chunk]}
