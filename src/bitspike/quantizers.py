@@ -294,7 +294,7 @@ class Binary(Quantizer):
         if self.scale == "none":
             return normal, torch.ones_like(w[:, 0].reshape(w.shape[0], -1)[:, 0]).detach()
         if self.scale == "mean":
-            return normal, centred.detach().abs().mean(axes)
+            return normal, centred.detach().abs().mean(axes).clamp_min(_SMALLEST)
         return normal, torch.exp2(torch.round(torch.log2(normal.detach().abs().mean(axes).clamp_min(_SMALLEST))))
 
     def forward(self, w: Tensor) -> Tensor:

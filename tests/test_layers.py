@@ -1,0 +1,129 @@
+"""quantize_: attaches by name to anyone's model, all or nothing."""
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+from bitspike.layers import (  # noqa: E402
+    cached_weights,
+    codes,
+    latent_weight,
+    make_quantizer,
+    neurons_with_membrane,
+    quantizable,
+    quantize_,
+    quantizer_of,
+    quantizers,
+)
+from bitspike.neurons import LIF  # noqa: E402
+from bitspike.spec import KINDS, QuantSpec, Scheme, SpecError  # noqa: E402
+
+WEIGHT_SCHEMES = [Scheme(kind, bits, per) for kind, widths in KINDS.items() if kind not in ("full", "membrane")
+                  for bits in widths for per in ("channel", "tensor")]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.neuron = LIF()
+        self.line = nn.Conv1d(4, 6, 1)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.line(self.neuron(self.conv(x)[None])[0].flatten(2)).mean(2))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+IMAGE = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1)) * 3
+
+
+@pytest.mark.parametrize("scheme", WEIGHT_SCHEMES, ids=lambda s: f"{s.kind}{s.bits}_{s.per}")
+def test_every_scheme_on_every_kind_of_layer(net, scheme):
+    latent = {name: layer.weight.detach().clone() for name, layer in quantizable(net).items()}
+    assert quantize_(net, QuantSpec({"*": scheme})) is net
+    assert [name for name, _ in quantizers(net)] == ["conv", "line", "head"]
+    net(IMAGE).square().sum().backward()
+    for name, layer in quantizable(net).items():
+        integers, scale = codes(layer)
+        grid = scale.view(-1, *[1] * (integers.dim() - 1)) if scale.numel() > 1 else scale
+        assert torch.equal(layer.weight.detach(), integers * grid)
+        assert torch.equal(latent_weight(layer), latent[name])
+        assert latent_weight(layer).grad.isfinite().all()
+
+
+def test_full_and_unnamed_layers_are_left_alone(net):
+    quantize_(net, QuantSpec([("*", Scheme("lsq", 4)), ("conv", Scheme("full"))]))
+    assert quantizer_of(net.conv) is None
+    assert type(net.conv) is nn.Conv2d
+    assert latent_weight(net.conv) is net.conv.weight
+    with pytest.raises(SpecError, match="has no quantizer"):
+        codes(net.conv)
+
+
+def test_membrane_goes_to_the_neurons(net):
+    assert list(neurons_with_membrane(net)) == ["neuron"]
+    quantize_(net, QuantSpec({"*": Scheme("membrane", 4)}))
+    assert net.neuron.membrane.bits == 4
+    assert quantizer_of(net.head) is None
+
+
+@pytest.mark.parametrize("rules", [
+    [("*", Scheme("lsq", 4)), ("haed", Scheme("lsq", 8))],
+    [("*", Scheme("lsq", 4)), ("conv", Scheme("membrane", 8))],
+])
+def test_an_error_changes_nothing(net, rules):
+    with pytest.raises(SpecError, match="matches no layer"):
+        quantize_(net, QuantSpec(rules))
+    assert not list(quantizers(net))
+    assert net.neuron.membrane is None
+
+
+def test_twice_is_an_error(net):
+    quantize_(net, QuantSpec({"head": Scheme("lsq", 4)}))
+    with pytest.raises(SpecError, match="'head' is already quantized"):
+        quantize_(net, QuantSpec({"*": Scheme("lsq", 4)}))
+    assert quantizer_of(net.conv) is None
+    quantize_(net, QuantSpec({"conv": Scheme("lsq", 4)}))  # the others still can be
+
+
+def test_attaching_does_not_initialise(net):
+    quantize_(net, QuantSpec({"*": Scheme("lsq", 4)}))
+    assert not any(bool(q.initialized) for _, q in quantizers(net))
+
+
+def test_state_dict_round_trip(net):
+    spec = QuantSpec({"*": Scheme("lsq", 4), "head": Scheme("binary")})
+    quantize_(net, spec)
+    expected = net.eval()(IMAGE)
+    other = quantize_(Net(), spec)
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other.eval()(IMAGE), expected)
+    assert torch.equal(copy.deepcopy(net)(IMAGE), expected)
+
+
+def test_cached_weights_quantize_once(net):
+    quantize_(net, QuantSpec({"*": Scheme("lsq", 4)}))
+    expected = net(IMAGE)
+    calls = []
+    for _, quantizer in quantizers(net):
+        quantizer.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad(), cached_weights(net):
+        assert torch.equal(net(IMAGE), expected)
+        assert torch.equal(net(IMAGE), expected)
+    assert len(calls) == 3
+
+
+def test_make_quantizer_refuses_what_is_no_weight_scheme():
+    with pytest.raises(SpecError, match="not a weight scheme"):
+        make_quantizer(Scheme("membrane", 4), torch.zeros(2, 2))
