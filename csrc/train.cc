@@ -37,6 +37,7 @@ T* at(uintptr_t address) {
 NB_MODULE(_train, m) {
   using namespace bitspike;
   using nogil = nb::call_guard<nb::gil_scoped_release>;
+  m.attr("version") = 2;  // what _train_kernels.py expects; an older build is not used
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("count_forward", [](uintptr_t x, uintptr_t y, uintptr_t mask, size_t count, bool bf16, float levels, float gain,
                             float scale, int threads) {
@@ -56,5 +57,16 @@ NB_MODULE(_train, m) {
                            int threads) {
     kernels().lsq_backward(at<float>(w), at<float>(step), at<float>(gq), at<float>(gw), at<float>(gstep), channels, size,
                            steps, low, high, smallest, grad_scale, threads);
+  }, nogil());
+  m.def("pack_counts", [](uintptr_t y, uintptr_t codes, size_t count, bool bf16, float scale, int threads) {
+    return kernels().pack_counts(at<void>(y), at<uint8_t>(codes), count, bf16, scale, threads);
+  }, nogil());
+  m.def("unpack_counts", [](uintptr_t codes, uintptr_t y, size_t count, bool bf16, float scale, int threads) {
+    kernels().unpack_counts(at<uint8_t>(codes), at<void>(y), count, bf16, scale, threads);
+  }, nogil());
+  m.def("depthwise_weight", [](uintptr_t x, uintptr_t g, uintptr_t gw, int images, int height, int width, int channels,
+                               int kernel, int pad, int out_height, int out_width, bool bf16, int threads) {
+    const DepthwiseShape shape{images, height, width, channels, kernel, pad, out_height, out_width};
+    kernels().depthwise_weight(at<void>(x), at<void>(g), at<float>(gw), shape, bf16, threads);
   }, nogil());
 }

@@ -8,6 +8,12 @@
 
 namespace bitspike {
 
+// A depthwise convolution, stride and dilation 1, channels_last: x [images, height, width, channels],
+// y [images, out_height, out_width, channels]; kernel is 3, 5 or 7; channels a multiple of 16.
+struct DepthwiseShape {
+  int images, height, width, channels, kernel, pad, out_height, out_width;
+};
+
 struct TrainKernels {
   const char* name;
 
@@ -28,6 +34,15 @@ struct TrainKernels {
   // the caller adds them up when there is one step)
   void (*lsq_backward)(const float* w, const float* step, const float* gq, float* gw, float* gstep, size_t channels,
                        size_t size, size_t steps, float low, float high, float smallest, float grad_scale, int threads);
+
+  // y = count * scale -> the counts (0..15), half a byte each, (count + 1) / 2 bytes in an order of its own. False where an
+  // element is anything else (NaN too): then the codes mean nothing.
+  bool (*pack_counts)(const void* y, uint8_t* codes, size_t count, bool bf16, float scale, int threads);
+  // And back, exactly.
+  void (*unpack_counts)(const uint8_t* codes, void* y, size_t count, bool bf16, float scale, int threads);
+
+  // gw[c, ky, kx] = sum over images and pixels of g * x: float32 whatever x and g are.
+  void (*depthwise_weight)(const void* x, const void* g, float* gw, const DepthwiseShape& shape, bool bf16, int threads);
 };
 
 // Defined in train_base.cc, train_avx2.cc, train_avx512.cc.

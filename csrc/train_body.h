@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "train.h"
+#include "train_depthwise.h"
 
 namespace bitspike {
 namespace {
@@ -166,8 +167,74 @@ void lsq_backward(const float* w, const float* step, const float* gq, float* gw,
   }
 }
 
+// Elements i and i + half of a block share a byte: no shuffling, whatever the vector's width.
+template <class T>
+inline bool pack_block(const typename T::Store* y, uint8_t* codes, size_t n, float scale, float inverse) {
+  alignas(64) uint8_t counts[kBlock];
+  const size_t half = (n + 1) / 2;
+  uint32_t wrong = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const float v = T::load(y[i]);
+    const float c = v * inverse + 0.5f;
+    const int32_t k = static_cast<int32_t>(c > 15.5f ? 15.5f : c > 0 ? c : 0.0f);
+    wrong |= !(T::load(T::store(static_cast<float>(k) * scale)) == v);
+    counts[i] = static_cast<uint8_t>(k);
+  }
+  counts[n < kBlock ? n : 0] = n < kBlock ? 0 : counts[0];  // an odd n reads one further
+  for (size_t i = 0; i < half; ++i) codes[i] = static_cast<uint8_t>(counts[i] | counts[i + half] << 4);
+  return !wrong;
+}
+
+template <class T>
+bool pack_counts_as(const void* y, uint8_t* codes, size_t count, float scale, int threads) {
+  using S = typename T::Store;
+  const S* from = static_cast<const S*>(y);
+  const size_t chunks = (count + kChunk - 1) / kChunk;
+  int wrong = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1) reduction(| : wrong)
+  for (size_t c = 0; c < chunks; ++c) {
+    const size_t end = (c + 1) * kChunk < count ? (c + 1) * kChunk : count;
+    for (size_t i = c * kChunk; i < end; i += kBlock)
+      wrong |= !(end - i >= kBlock ? pack_block<T>(from + i, codes + i / 2, kBlock, scale, 1 / scale)
+                                   : pack_block<T>(from + i, codes + i / 2, end - i, scale, 1 / scale));
+  }
+  return !wrong;
+}
+
+template <class T>
+inline void unpack_block(const uint8_t* codes, typename T::Store* y, size_t n, float scale) {
+  const size_t half = (n + 1) / 2;
+  for (size_t i = 0; i < half; ++i) y[i] = T::store(static_cast<float>(codes[i] & 15) * scale);
+  for (size_t i = half; i < n; ++i) y[i] = T::store(static_cast<float>(codes[i - half] >> 4) * scale);
+}
+
+template <class T>
+void unpack_counts_as(const uint8_t* codes, void* y, size_t count, float scale, int threads) {
+  using S = typename T::Store;
+  S* to = static_cast<S*>(y);
+  const size_t chunks = (count + kChunk - 1) / kChunk;
+#pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
+  for (size_t c = 0; c < chunks; ++c) {
+    const size_t end = (c + 1) * kChunk < count ? (c + 1) * kChunk : count;
+    for (size_t i = c * kChunk; i < end; i += kBlock) {
+      if (end - i >= kBlock)
+        unpack_block<T>(codes + i / 2, to + i, kBlock, scale);
+      else
+        unpack_block<T>(codes + i / 2, to + i, end - i, scale);
+    }
+  }
+}
+
+bool pack_counts(const void* y, uint8_t* codes, size_t count, bool bf16, float scale, int threads) {
+  return (bf16 ? pack_counts_as<BF16> : pack_counts_as<F32>)(y, codes, count, scale, threads);
+}
+
+void unpack_counts(const uint8_t* codes, void* y, size_t count, bool bf16, float scale, int threads) {
+  (bf16 ? unpack_counts_as<BF16> : unpack_counts_as<F32>)(codes, y, count, scale, threads);
+}
+
 }  // namespace
 }  // namespace bitspike
 
 #define BITSPIKE_TRAIN_KERNELS(label) \
-  { label, count_forward, count_backward, lsq_forward, lsq_backward }
+  { label, count_forward, count_backward, lsq_forward, lsq_backward, pack_counts, unpack_counts, depthwise_weight }

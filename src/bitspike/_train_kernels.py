@@ -16,7 +16,8 @@ try:  # after torch: both then share one OpenMP run time
 except ImportError:  # a source tree without a compiler trains too, only slower
     _native = None
 
-_native_: Any = _native
+# in a source tree the compiled module may be older than these lines: then it is as if there were none
+_native_: Any = _native if getattr(_native, "version", None) == 2 else None
 
 
 def isa() -> str | None:
@@ -45,7 +46,8 @@ def _dense(x: Tensor) -> bool:
     return True
 
 
-def _usable(x: Tensor) -> bool:
+def usable(x: Tensor) -> bool:
+    """A dense float32 or bfloat16 tensor on the CPU, and the kernels are there."""
     return _plain(x) and x.dtype in (torch.float32, torch.bfloat16) and _dense(x)
 
 
@@ -58,7 +60,7 @@ def _like(x: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 def count_forward(x: Tensor, levels: int, gain: float, scale: float) -> tuple[Tensor, Tensor] | None:
     """(y, packed mask of 0 < gain x < levels in the order of memory): IE-LIF counts in one pass."""
-    if not _usable(x):
+    if not usable(x):
         return None
     y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
     mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
@@ -80,7 +82,7 @@ def count_backward(grad: Tensor, mask: Tensor, strides: tuple[int, ...], slope: 
 
 def _weights(w: Tensor, scale: Tensor) -> bool:
     """Float32, dense, channels outermost in memory: [O, ...] in its default or channels_last layout."""
-    return (_usable(w) and _usable(scale) and w.dtype == scale.dtype == torch.float32 and w.dim() > 1
+    return (usable(w) and usable(scale) and w.dtype == scale.dtype == torch.float32 and w.dim() > 1
             and w.numel() > 0 and w.stride(0) == w.numel() // w.shape[0] and scale.numel() in (1, w.shape[0]))
 
 
@@ -106,3 +108,33 @@ def lsq_backward(w: Tensor, scale: Tensor, grad: Tensor, low: int, high: int, sm
                           w.shape[0], w.numel() // w.shape[0], scale.numel(), low, high, smallest, grad_scale,
                           torch.get_num_threads())
     return grad_w, grad_steps if scale.numel() > 1 else grad_steps.sum().view(scale.shape)
+
+
+def pack_counts(y: Tensor, scale: float) -> Tensor | None:
+    """y = count * scale with counts 0..15 -> half a byte each; None where an element is anything else (NaN too)."""
+    if not usable(y):
+        return None
+    codes = torch.empty((y.numel() + 1) // 2, dtype=torch.uint8)
+    exact = _native_.pack_counts(y.data_ptr(), codes.data_ptr(), y.numel(), y.dtype == torch.bfloat16, scale,
+                                 torch.get_num_threads())
+    return codes if exact else None
+
+
+def unpack_counts(codes: Tensor, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, scale: float) -> Tensor:
+    """Inverse of `pack_counts`, exactly."""
+    y = torch.empty_strided(shape, strides, dtype=dtype)
+    _native_.unpack_counts(codes.data_ptr(), y.data_ptr(), y.numel(), dtype == torch.bfloat16, scale,
+                           torch.get_num_threads())
+    return y
+
+
+def depthwise_weight(x: Tensor, grad: Tensor, kernel: int, padding: int) -> Tensor | None:
+    """Weight gradient [C, 1, k, k] of a depthwise convolution of stride 1, in float32; None where it does not apply."""
+    if not usable(x) or not _plain(grad) or grad.dtype != x.dtype or x.shape[1] % 16 or kernel not in (3, 5, 7):
+        return None
+    x, grad = x.contiguous(memory_format=torch.channels_last), grad.contiguous(memory_format=torch.channels_last)
+    weight = torch.empty(x.shape[1], 1, kernel, kernel)
+    _native_.depthwise_weight(x.data_ptr(), grad.data_ptr(), weight.data_ptr(), x.shape[0], x.shape[2], x.shape[3],
+                              x.shape[1], kernel, padding, grad.shape[2], grad.shape[3], x.dtype == torch.bfloat16,
+                              torch.get_num_threads())
+    return weight

@@ -5,7 +5,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from bitspike.neurons import timewise
+from bitspike import _train_convs
+from bitspike.neurons import IELIF, LIF, timewise
 
 
 def as_sequence(x: Tensor, time_steps: int) -> Tensor:
@@ -39,8 +40,15 @@ class SpikeConv(nn.Module):
         self.neuron, self.conv = neuron, conv
         self.norm = nn.BatchNorm2d(conv.out_channels) if norm else None
 
+    def _conv_counts(self, s_NCHW: Tensor) -> Tensor:
+        return _train_convs.conv(self.conv, s_NCHW, self.neuron.scale, self.neuron.levels)  # type: ignore[arg-type]
+
     def forward(self, x_TBCHW: Tensor) -> Tensor:
-        y = timewise(self.conv, self.neuron(x_TBCHW))
+        s = self.neuron(x_TBCHW)
+        if isinstance(s, Tensor) and isinstance(self.neuron, LIF | IELIF):
+            y = timewise(self._conv_counts, s)
+        else:
+            y = timewise(self.conv, s)
         return y if self.norm is None else timewise(self.norm, y)
 
 
