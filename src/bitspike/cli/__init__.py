@@ -17,7 +17,7 @@ from bitspike.extras import explain
 ERROR, INTERRUPTED = 2, 1
 
 app = App(name="bitspike", version=bitspike.__version__, help="Low-bit spiking vision networks, from training to a device.",
-          help_format="plaintext", result_action="return_value")
+          help_format="plaintext", result_action="return_value", suppress_keyboard_interrupt=False)
 app.command(device.run)
 app.command(desk.train)
 app.command(desk.evaluate, name="eval")

@@ -32,7 +32,7 @@ def sample_pictures(count: int, height: int, width: int, channels: int) -> Pixel
     """Pictures of the embedded Fashion-MNIST sample, fitted to any size: for networks whose own data is not at hand."""
     from PIL import Image
 
-    folder = resources.files("bitspike.data") / "fashion_mnist_sample"
+    folder = resources.files("bitspike") / "data" / "fashion_mnist_sample"  # bitspike.data would import torch
     raw = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())
     grey = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)[:count]
     if (height, width) != (28, 28):
