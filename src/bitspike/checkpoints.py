@@ -90,7 +90,7 @@ def sole_trainer(run: Path, active: bool) -> Iterator[None]:
         return
     with (run / "lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would be inherited by the data workers
         except OSError:
             raise RunError(f"{run}: another process is training it; wait for it or choose another --out.") from None
         yield

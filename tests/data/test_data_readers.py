@@ -106,12 +106,12 @@ def test_damaged_cifar(tmp_path, content, message):
 def test_truncated_cifar(tmp_path):
     path = write_cifar10(tmp_path) / "test_batch"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(DataError, match="test_batch: not a readable CIFAR batch .* it has 5000 bytes"):
+    with pytest.raises(DataError, match=r"test_batch: not a readable CIFAR batch .* it has 5000 bytes"):
         load("cifar10", tmp_path)
 
 
 def test_missing_cifar(tmp_path):
-    with pytest.raises(DataError, match="is empty; expected the folder cifar-10-batches-py/.*Get cifar-10-python.tar.gz from"):
+    with pytest.raises(DataError, match=r"is empty; expected the folder cifar-10-batches-py/.*Get cifar-10-python.tar.gz from"):
         load("cifar10", tmp_path)
     with pytest.raises(DataError, match="nowhere does not exist"):
         load("cifar10", tmp_path / "nowhere")
@@ -151,7 +151,8 @@ def test_embedded_sample():
 
 @pytest.mark.parametrize("name, content, message", [
     ("train-images-idx3-ubyte.gz", b"\x1f\x8b\x08", "not a whole gzip file"),
-    ("train-images-idx3-ubyte.gz", gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 100, 28, 28)), "0 bytes of data, its header"),
+    ("train-images-idx3-ubyte.gz", gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 100, 28, 28)),
+     "0 bytes of data, its header"),
     ("train-labels-idx1-ubyte.gz", gzip.compress(b"\0\0\x0d\x01aaaa"), "begins with 00 00 0d 01, expected 00 00 08 01"),
     ("train-labels-idx1-ubyte.gz", gzip.compress(b""), "begins with nothing"),
     ("t10k-labels-idx1-ubyte.gz", gzip.compress(b"\0\0\x08\x01" + struct.pack(">I", 20) + b"\x0b" * 20), r"labels 11\.\.11"),
@@ -164,10 +165,10 @@ def test_damaged_fashion_mnist(tmp_path, name, content, message):
 
 
 def test_missing_fashion_mnist(tmp_path):
-    with pytest.raises(DataError, match="is empty; expected the folder fashion-mnist/.*data=fashion_mnist_sample"):
+    with pytest.raises(DataError, match=r"is empty; expected the folder fashion-mnist/.*data=fashion_mnist_sample"):
         load("fashion_mnist", tmp_path)
     (write_fashion(tmp_path / "fashion-mnist") / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte.*missing"):
+    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte.*missing"):
         load("fashion_mnist", tmp_path)
 
 

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from bitspike.data.pipeline import Augment, augmented, generator, mirrored, order, seed_globals, seed_of, slices
 from bitspike.data.splits import Arrays, Files
+
+
+def _at_least_one_bit(level_fn: Callable[[float, Any], tuple[int]], level: float, options: Any) -> tuple[int]:
+    return (max(1, level_fn(level, options)[0]),)
 
 
 class _Train(Dataset[tuple[Tensor, int]]):
@@ -24,9 +30,13 @@ class _Train(Dataset[tuple[Tensor, int]]):
         bicubic = v2.InterpolationMode.BICUBIC
         self.fit = (v2.RandomResizedCrop(size, interpolation=bicubic, antialias=True) if crop == "random_resized"
                     else v2.Resize((size, size), bicubic, antialias=True))
-        fill = tuple(round(255 * m) for m in mean)
-        self.augment = rand_augment_transform(rand_augment, {"img_mean": fill, "translate_const": int(size * 0.45)}) \
-            if rand_augment else None
+        self.augment = None
+        if rand_augment:
+            options = {"img_mean": tuple(round(255 * m) for m in mean), "translate_const": int(size * 0.45)}
+            self.augment = rand_augment_transform(rand_augment, options)
+            for op in self.augment.ops:  # at full strength timm posterizes to 0 bits, which Pillow refuses since version 12
+                if op.name.startswith("Posterize"):
+                    op.level_fn = partial(_at_least_one_bit, op.level_fn)
 
     def __len__(self) -> int:
         return len(self.split)
