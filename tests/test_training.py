@@ -176,6 +176,20 @@ def test_spike_costs_by_hand():
     assert spike_costs(model, pixels) == {"a": 96.0, "q": 48.0 + 96.0, "k": 48.0, "unread": 0.0}
 
 
+def test_spike_costs_of_sums_and_concatenations():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.add, self.cat = LIF(), LIF(), nn.Conv2d(2, 3, 1), nn.Conv2d(6, 1, 1)
+
+        def forward(self, x):
+            a, b = self.a(x[None])[0], self.b(-x[None])[0]
+            return self.add(a + b), self.cat(torch.cat([a, b, a], 1))
+
+    # the sum: every spike of either counts, 2 x 3 x 4 pixels; the concatenation: a has two thirds of 6 x 4
+    assert spike_costs(Joined(), torch.ones(1, 2, 2, 2)) == pytest.approx({"a": 24 + 16, "b": 24 + 8})
+
+
 def test_spike_costs_leave_the_model_alone():
     model = build(RECIPE)
     before = {k: v.clone() for k, v in model.state_dict().items()}

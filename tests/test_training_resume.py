@@ -103,7 +103,8 @@ def go(run: str) -> None:
 
 def start(run: Path) -> subprocess.Popen:
     code = ("import importlib.util, sys; name, path, run = sys.argv[1:]; "
-            "s = importlib.util.spec_from_file_location(name, path); m = importlib.util.module_from_spec(s); sys.modules[name] = m; s.loader.exec_module(m); m.go(run)")
+            "s = importlib.util.spec_from_file_location(name, path); m = importlib.util.module_from_spec(s); "
+            "sys.modules[name] = m; s.loader.exec_module(m); m.go(run)")
     source = str(Path(importlib.util.find_spec("bitspike").origin).parents[1])
     return subprocess.Popen([sys.executable, "-c", code, __name__, __file__, str(run)], stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"})

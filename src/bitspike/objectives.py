@@ -61,18 +61,22 @@ class SpikeCounts:
 
 
 class _FollowSpikes(TorchDispatchMode):
-    """Which neurons' outputs each matrix product reads: tags tensors, passes tags through views, pools and sums."""
+    """Which neurons' outputs each matrix product reads.
+
+    A tensor is tagged with neuron -> share of its elements that carry that neuron's spikes; tags pass through views, pools
+    and sums (of a sum each term keeps its share: its every spike is worked on) and end at a matrix product.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.sources: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.tags: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.macs: dict[str, float] = {}
 
-    def _of(self, tensor: Any) -> frozenset[str]:
-        return self.sources.get(tensor, frozenset()) if isinstance(tensor, Tensor) else frozenset()
+    def _of(self, tensor: Any) -> dict[str, float]:
+        return self.tags.get(tensor, {}) if isinstance(tensor, Tensor) else {}
 
     def mark(self, tensor: Tensor, name: str) -> None:
-        self.sources[tensor] = frozenset([name])
+        self.tags[tensor] = {name: 1.0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -80,17 +84,20 @@ class _FollowSpikes(TorchDispatchMode):
         if name in ("convolution", "mm", "addmm", "bmm", "baddbmm"):
             left, right = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
             inner = right.numel() / right.shape[0] if name == "convolution" else left.shape[-1]
-            operands = [self._of(left), self._of(right)]
-            reading = [o for o in operands if o]  # of a product of two spike tensors each accounts for half
-            for sources in reading:
-                for source in sources:
-                    share = result.numel() * inner / len(reading) / len(sources)
-                    self.macs[source] = self.macs.get(source, 0.0) + share
-        else:
-            tags = frozenset().union(*(self._of(a) for a in tree_leaves(args)))
-            for tensor in tree_leaves(result) if tags else ():
-                if isinstance(tensor, Tensor):
-                    self.sources[tensor] = tags
+            reading = [tags for tags in (self._of(left), self._of(right)) if tags]
+            for tags in reading:  # of a product of two spike tensors each accounts for half
+                for source, share in tags.items():
+                    self.macs[source] = self.macs.get(source, 0.0) + share * result.numel() * inner / len(reading)
+            return result
+        found: dict[str, float] = {}
+        inputs = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+        for tensor in inputs:
+            part = tensor.numel() / result.numel() if name == "cat" else 1.0
+            for source, share in self._of(tensor).items():
+                found[source] = found.get(source, 0.0) + share * part if name == "cat" else max(found.get(source, 0.0), share)
+        for tensor in tree_leaves(result) if found else ():
+            if isinstance(tensor, Tensor):
+                self.tags[tensor] = found
         return result
 
 
