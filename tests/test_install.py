@@ -40,7 +40,7 @@ def test_public_names():
         assert getattr(bitspike, name) is not None
         assert name in dir(bitspike)
     with pytest.raises(AttributeError, match="quantize_"):
-        bitspike.quantise  # noqa: B018
+        bitspike.quantise
 
 
 @pytest.mark.parametrize("statement", ["import bitspike", "import bitspike.deploy", "from bitspike import load, profile",

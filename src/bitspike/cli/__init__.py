@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from cyclopts import App, CycloptsError
 from rich.console import Console
@@ -37,7 +38,7 @@ def _message(error: BaseException) -> str | None:
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
     # a plain ValueError counts as a message only where this package raised it on purpose
-    if isinstance(error, ValueError) and frames and os.path.dirname(bitspike.__file__) in frames[-1].filename \
+    if isinstance(error, ValueError) and frames and str(Path(bitspike.__file__).parent) in frames[-1].filename \
             and (frames[-1].line or "").startswith("raise"):
         return str(error)
     return None

@@ -50,7 +50,8 @@ def demonstrate(out: Path, overrides: Mapping[str, str]) -> Table:
     _row(table, f"{file.name}, integers", result["top1"], exported.bytes, report, report.ms_per_image or 0.0,
          f"{exported.agreement:.1%}")
     folder = _leave_pictures(out / "pictures", pixels)
-    table.caption = (f"Bytes: packed weights; of {file.name}: the whole file. Energy per image, see 'bitspike profile {file}'.\n"
+    table.caption = (f"Bytes: packed weights; of {file.name}: the whole file. Energy is per image: "
+                     f"'bitspike profile {file}' tells more.\n"
                      f"The network is in {file} and needs no torch: bitspike run {file} {folder}")
     table.caption_justify = "left"
     return table

@@ -125,8 +125,8 @@ def export(target: str, /, *, output: Annotated[Path, Parameter(name=["--output"
     """
     from bitspike.cli.files import export_recipe, export_run
     from bitspike.cli.networks import kind_of
-    from bitspike.papers import find_recipe
     from bitspike.exporting import ExportError
+    from bitspike.papers import find_recipe
     from bitspike.recipe import RecipeError
 
     kind = kind_of(target)

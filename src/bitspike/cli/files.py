@@ -23,10 +23,9 @@ _CALIBRATION, _CHECK = 256, 500
 # ------------------------------------------------------------------------------------------------- export
 def _provenance(recipe: Recipe, **more: Any) -> dict[str, Any]:
     import bitspike
-    from bitspike.checkpoints import _commit
 
     return {"recipe": recipe.name, "data": recipe.data, "image_size": recipe.image_size, "settings": recipe.to_dict(),
-            "bitspike": bitspike.__version__, "commit": _commit(), **more}
+            "bitspike": bitspike.__version__, **more}
 
 
 def _export(model: nn.Module, recipe: Recipe, output: Path, classes: tuple[str, ...], calibration: Pixels, check: Pixels,
@@ -46,8 +45,9 @@ def _export(model: nn.Module, recipe: Recipe, output: Path, classes: tuple[str, 
 
 def export_run(run: str | Path, output: Path, data_dir: Path | None, min_agreement: float = 0.99) -> ExportReport:
     """Export a trained run, calibrated on training pictures and compared on test pictures of its own data."""
-    from bitspike.checkpoints import load_run
-    from bitspike.data import Arrays, load as load_data
+    from bitspike.checkpoints import load_run, read_config
+    from bitspike.data import Arrays
+    from bitspike.data import load as load_data
 
     model, recipe = load_run(run)
     data = load_data(recipe.data, data_dir)
@@ -55,7 +55,7 @@ def export_run(run: str | Path, output: Path, data_dir: Path | None, min_agreeme
     calibration = split_pictures(data, "train", _CALIBRATION, recipe.image_size, channels)
     check = split_pictures(data, "test", _CHECK, recipe.image_size, channels)
     return _export(model, recipe, output, data.classes, calibration, check, min_agreement, isinstance(data.test, Arrays),
-                   data_hash=data.hash)
+                   data_hash=data.hash, commit=read_config(Path(run)).get("commit", "unknown"))
 
 
 def export_recipe(recipe: Recipe, output: Path, data_dir: Path | None) -> ExportReport:
@@ -95,14 +95,15 @@ def evaluate_file(target: str, data_dir: Path | None, split: str, threads: int |
     """top1 and top5 in percent, n and ms_per_image of an artifact on its own data. Errors: ArtifactError, DataError."""
     net = load(target)
     name = _dataset_name(net, target)
-    from bitspike.data import DataError, load as load_data
+    from bitspike.data import DataError
+    from bitspike.data import load as load_data
     from bitspike.data.loader import evaluation_batches
 
     data = load_data(name, data_dir)
     if list(data.classes) != net.classes:
         raise DataError(f"{target} has {len(net.classes)} classes ({net.classes[0]!r} ...), {name} there has "
                         f"{len(data.classes)} ({data.classes[0]!r} ...).")
-    height, width, channels = net.input_shape
+    height, _, channels = net.input_shape
     hits = np.zeros(2, np.int64)
     seen, seconds = 0, 0.0
     for pixels, labels in evaluation_batches(data.split(split), height, 250, 2):
