@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from bitspike.models.compact_spikeformer import CompactSpikeformer
 from bitspike.models.meta_spikeformer import MetaSpikeFormer, ielif, ielif_attention
 from bitspike.neurons import IELIF, LIF
 
@@ -29,6 +30,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "strict_carry": (lambda: _meta("strict", spiking="carry", time_steps=3), (2, 3, 32, 32)),
     "cifar": (lambda: _meta("strict", stem=(3, 1), strides=(1, 2, 2, 1), attention_scale=0.03), (2, 3, 24, 24)),
     "events": (lambda: _meta("published", in_channels=2), (3, 2, 2, 32, 32)),
+    "compact": (lambda: CompactSpikeformer((8, 16, 16), heads=4, num_classes=5), (2, 3, 32, 32)),
+    "compact_lif": (lambda: CompactSpikeformer((8, 16, 16), heads=4, num_classes=5, time_steps=3,
+                                               neuron=lambda: LIF(0.5, 0.4, scale_input=False)), (2, 3, 32, 32)),
     "odd": (lambda: _meta("published", widths=(6, 10, 12, 9), heads=3, mlp_ratio=2), (2, 3, 37, 51)),
 }
 
@@ -43,6 +47,9 @@ def lively(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             n = module.num_features
+            if not module.weight.requires_grad:  # the compact network
+                module.running_var.fill_(1.0)
+                continue
             module.weight.data.copy_(0.5 + torch.rand(n, generator=generator))
             module.bias.data.copy_(0.6 * torch.rand(n, generator=generator))
             module.running_mean.copy_(0.1 * torch.randn(n, generator=generator))

@@ -206,7 +206,7 @@ def test_recipe(name):
         spec = recipe.quant_spec()
         if spec is not None:
             quantize_(model, spec)
-    assert model.num_classes == {"imagenet": 1000, "cifar100": 100}.get(recipe.data, 10)
+    assert model.head.out_features == {"imagenet": 1000, "cifar100": 100}.get(recipe.data, 10)
     assert model.stem.conv.in_channels == len(recipe.mean)
 
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ from bitspike.recipe import Loss, Recipe, RecipeError
 __all__ = ["RECIPES", "QKVTaps", "as_ann", "fine_grained_distillation", "fine_grained_loss", "start_from"]
 
 Triple = tuple[Tensor, Tensor, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 _TINY = 1e-12
 
 
@@ -185,7 +186,7 @@ def fine_grained_distillation(model: nn.Module, recipe: Recipe, loss: Loss) -> L
     return distilled
 
 
-def as_ann(model: MetaSpikeFormer) -> MetaSpikeFormer:
+def as_ann(model: Model) -> Model:
     """Replace every spiking neuron by a ReLU, in place: the "counterpart ANN", a teacher with real q, k, v."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
