@@ -58,6 +58,7 @@ class Conv:
     pad_value: Array | None  # int [I]; None: zeros
     range: tuple[int, int]
     layer: str
+    fine: tuple[str, float] | None = None  # second plane of the same input: id, and its scale in units of the first
     pools: list[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = field(default_factory=list)
 
     def largest(self) -> int:
@@ -76,6 +77,7 @@ class Program:
         self.ops: list[dict[str, Any]] = []
         self.tensors: dict[str, Array] = {}
         self.packed: dict[str, tuple[Array, dict[str, Any]]] = {}  # codes [O, kh, kw, I/groups] and their scheme
+        self.overflow = ""  # where a number did not fit; such a program must not be written
 
     @property
     def one(self) -> float:
@@ -114,8 +116,8 @@ class Program:
     def _offsets(self, b: Array, layer: str) -> Array:
         offsets = np.rint(b * self.one)
         if np.abs(offsets).max(initial=0) >= _LIMIT:
-            raise ExportError(f"{layer}: an offset of {np.abs(b).max():.3g} does not fit a potential with {self.fraction_bits} "
-                              "fraction bits. Is a batch norm's running variance zero?")
+            self.overflow = f"{layer}: an offset of {np.abs(b).max():.3g}"  # fewer fraction bits may still hold it
+            offsets = np.clip(offsets, 1 - _LIMIT, _LIMIT - 1)
         return offsets.astype(np.int32)
 
     def conv(self, conv: Conv, a: Array, b: Array) -> str:
@@ -124,19 +126,24 @@ class Program:
         if largest >= _LIMIT:
             raise ExportError(f"{conv.layer}: an accumulator may reach {largest}, past 2^31. Use fewer weight bits or fewer "
                               "input channels.")
-        m, s = self._factors(a * self.one, conv.layer)
-        shape = conv.codes.shape
-        out = f"v{len(self.ops) + 1}"
-        self.packed[f"{out}.weight"] = (np.ascontiguousarray(conv.codes.transpose(0, 2, 3, 1)), conv.scheme)
-        extra: dict[str, Any] = {}
-        if conv.pad_value is not None and any(conv.padding) and conv.pad_value.any():
-            extra["pad_value"] = conv.pad_value.astype(np.int16)
-        result = self.write("conv", [conv.source], conv.layer, weight=f"{out}.weight", scheme=conv.scheme, shape=list(shape),
-                            stride=list(conv.stride), padding=list(conv.padding), groups=conv.groups, m=m, s=s,
-                            b=self._offsets(b, conv.layer), range=list(conv.range), **extra)
+        weight = f"v{len(self.ops) + 1}.weight"
+        self.packed[weight] = (np.ascontiguousarray(conv.codes.transpose(0, 2, 3, 1)), conv.scheme)
+        result = self._one_conv(conv, conv.source, weight, a, b)
+        if conv.fine is not None:
+            second = self._one_conv(conv, conv.fine[0], weight, a * conv.fine[1], np.zeros_like(b))
+            result = self.write("add", [result, second], conv.layer)
         for kernel, stride, padding in conv.pools:
             result = self.maxpool(result, kernel, stride, padding, conv.layer)
         return result
+
+    def _one_conv(self, conv: Conv, source: str, weight: str, a: Array, b: Array) -> str:
+        m, s = self._factors(a * self.one, conv.layer)
+        extra: dict[str, Any] = {}
+        if conv.pad_value is not None and any(conv.padding):
+            extra["pad_value"] = conv.pad_value.astype(np.int16)
+        return self.write("conv", [source], conv.layer, weight=weight, scheme=conv.scheme, shape=list(conv.codes.shape),
+                          stride=list(conv.stride), padding=list(conv.padding), groups=conv.groups, m=m, s=s,
+                          b=self._offsets(b, conv.layer), range=list(conv.range), **extra)
 
     def affine(self, source: str, a: Array, b: Array, from_potential: bool, layer: str) -> str:
         """potential = a[c] * (potential or code) + b[c]."""

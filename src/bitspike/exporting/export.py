@@ -22,6 +22,7 @@ from bitspike.exporting.lower import Layer, Value
 from bitspike.exporting.trace import ExportError, Observer, trace
 
 FRACTION_BITS = 22  # at most: one step is then the rounding error of a float32 potential of 1
+_LEAST_BITS = 8
 _HEADROOM = 16  # potentials may grow this much past calibration before they saturate
 _BATCH = 32
 
@@ -65,7 +66,7 @@ class ExportReport:
 
 
 def _normalised(pixels: Pixels, mean: NDArray[Any], std: NDArray[Any]) -> Tensor:
-    x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div(255)
+    x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).contiguous().float().div(255)
     shape = (1, -1, 1, 1)
     return (x - torch.from_numpy(mean).float().view(shape)) / torch.from_numpy(std).float().view(shape)
 
@@ -90,6 +91,9 @@ def calibrate_norms(model: nn.Module, pixels: Pixels, mean: Sequence[float], std
 
 
 def _check_arguments(pixels: Pixels, mean: NDArray[Any], std: NDArray[Any], shape: tuple[int, int, int]) -> None:
+    if shape[2] not in (1, 3):
+        raise ExportError(f"pictures with {shape[2]} channels cannot be exported; a deployed program reads 1 or 3. For event "
+                          "frames evaluate the model in torch.")
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != shape or not len(pixels):
         raise ExportError(f"calibration pictures must be uint8 [N, {', '.join(map(str, shape))}], found {pixels.dtype} "
                           f"{list(pixels.shape)}.")
@@ -106,8 +110,12 @@ def _fold(module: torch.fx.GraphModule, steps: int, mean: NDArray[Any], std: NDA
         program = Program(bits, steps)
         folder = Folder(module, program, mean=mean, std=std, allow_float=allow_float)
         logits = folder.run()
-        if bits == 0 or folder.lowering.largest * _HEADROOM < 2.0 ** (31 - bits):
+        if not program.overflow and folder.lowering.largest * _HEADROOM < 2.0 ** (31 - bits):
             return program, folder, logits
+        if bits == _LEAST_BITS:
+            found = program.overflow or f"a potential of {folder.lowering.largest:.3g}"
+            raise ExportError(f"{found} does not fit 32 bits with {bits} fraction bits. Is the running variance of a batch "
+                              "norm next to zero?")
         bits -= 1
 
 

@@ -208,7 +208,7 @@ class Folder:
         if quantizer is None and parametrize.is_parametrized(module, "weight"):
             raise ExportError(f"{layer}: its weight has a parametrization that is not one of bitspike's quantizers; remove "
                               "it (torch.nn.utils.parametrize.remove_parametrizations) or use quantize_.")
-        shape, codes = latent_weight(module).shape, None
+        codes = None
         if isinstance(module, nn.Linear):
             kernel = self._linear_weight(latent_weight(module), x)
             stride, padding, groups = (1, 1), (0, 0), 1
@@ -217,9 +217,6 @@ class Folder:
             stride, padding, groups = _pair(module.stride), _pair(module.padding), module.groups
             kernel = latent_weight(module)
             if isinstance(module, nn.Conv1d):
-                if shape[2] != 1 or stride != (1, 1) or padding != (0, 0):
-                    raise ExportError(f"{layer}: a Conv1d with kernel {shape[2]} cannot be exported; kernel 1 over tokens "
-                                      "can, for neighbourhoods use Conv2d.")
                 kernel = kernel[..., None]
         if quantizer is not None:
             integers, scale = quantizer.codes(latent_weight(module).detach())

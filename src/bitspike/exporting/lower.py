@@ -11,6 +11,8 @@ from bitspike.exporting.emit import Array, Conv, Program
 from bitspike.exporting.trace import ExportError
 from bitspike.neurons import IELIF, LIF
 
+_PLANE = 254  # codes of the fine plane per step of the coarse one
+
 
 @dataclass(frozen=True)
 class Value:
@@ -176,7 +178,7 @@ class Lowering:
             raise ExportError(f"{layer}: full-precision weights, and allow_float is off. Give the layer a scheme in the spec "
                               '(Scheme("lsq", 8) for example).')
         depthwise = groups == x.channels
-        x, zero, fold = self._codes(x, depthwise, from_float and groups == 1, padding, layer)
+        x, zero, fold, fine = self._codes(x, depthwise, from_float and groups == 1, padding, layer)
         if codes is None:
             codes = weight_codes(weight, fold)
         O, per, kh, kw = codes.codes.shape
@@ -195,7 +197,7 @@ class Lowering:
         self.layers.append(Layer(layer, codes.scheme["kind"], codes.scheme["bits"], codes.codes.size, self._input_kind(x),
                                  from_float))
         pending = Conv(str(x.source), codes.codes, codes.scheme, stride, padding, groups,
-                       pad_value if pad_value.any() else None, x.range, layer)
+                       pad_value if pad_value.any() else None, x.range, layer, fine)
         height = (x.height + 2 * padding[0] - kh) // stride[0] + 1
         width = (x.width + 2 * padding[1] - kw) // stride[1] + 1
         return Value(pending, "acc", scale, offset, height, width, x.steps)
@@ -207,38 +209,47 @@ class Lowering:
         return "codes" if x.kind == "s8" else "spikes" if x.range == (0, 1) else "counts"
 
     def _codes(self, x: Value, depthwise: bool, foldable: bool, padding: tuple[int, int], layer: str) \
-            -> tuple[Value, Array, Array | None]:
-        """The input of a convolution as codes: (value of kind u8 or s8, zero point [I], factors for the weights or None)."""
+            -> tuple[Value, Array, Array | None, tuple[str, float] | None]:
+        """The input of a convolution as codes.
+
+        (value of kind u8 or s8, zero point [I], factors [I] for the weights or None, a finer second plane or None)
+        """
         if x.kind in ("u8", "s8") and x.a.all():
             zero = -x.b / x.a
             padded = any(padding) or x.border is not None
             uniform = depthwise or bool((x.a == x.a[0]).all())
-            if (uniform or foldable) and (not padded or self._zero_is_a_code(x, zero, layer)):
-                return x, zero, None if uniform else x.a
-        if x.pixels:
-            return self._lookup(x, layer), np.zeros(x.channels), None
-        return self._eight_bits(x, depthwise, layer), np.zeros(x.channels), None
+            if (uniform or foldable) and (not padded or self._zero_is_a_code(x, zero)):
+                return x, zero, None if uniform else x.a, None
+        if x.pixels and x.border is None:
+            x, fine = self._planes(x, layer)
+            return x, np.zeros(x.channels), None, fine
+        return self._eight_bits(x, depthwise, layer), np.zeros(x.channels), None, None
 
-    def _zero_is_a_code(self, x: Value, zero: Array, layer: str) -> bool:
+    @staticmethod
+    def _zero_is_a_code(x: Value, zero: Array) -> bool:
         """Can the real 0 around the picture (or the border of a NormPad) be written as a code of this value?"""
         if x.border is not None:
             return not zero.any()
-        off = np.abs(zero - np.rint(zero)).max()
         low, high = (0, 255) if x.kind == "u8" else (-127, 127)
-        # around a picture half a grey level is less than its noise; around counts it would be half a spike
-        if np.rint(zero).min() < low or np.rint(zero).max() > high or off > (0.5 if x.pixels else 1e-6):
-            return False
-        if off > 1e-3:
-            self.notes.append(f"{layer}: the border of the picture is rounded to whole grey levels")
-        return True
+        whole = np.rint(zero)
+        return bool((np.abs(zero - whole) < 1e-3).all() and whole.min() >= low and whole.max() <= high)
 
-    def _lookup(self, x: Value, layer: str) -> Value:
-        """Normalised pixels as signed codes by a table: channels with scales of their own."""
+    def _planes(self, x: Value, layer: str) -> tuple[Value, tuple[str, float]]:
+        """Normalised pixels as a coarse and a fine plane of signed codes, by two tables.
+
+        For channels with scales of their own, and where the padding zero lies between two grey levels: one plane of 8 bits
+        would be as coarse as the pixels themselves and flip counts in the first layer; two have 16 bits.
+        """
         real = x.a[:, None] * np.arange(256.0) + x.b[:, None]
-        step = np.abs(real).max() / 127
-        self.notes.append(f"{layer}: pixels are normalised per channel through a table with the step {step:.4f}")
-        source = self.program.write("lookup", [str(x.source)], layer, table=np.rint(real / step).astype(np.int8))
-        return replace(x, source=source, kind="s8", a=np.full(x.channels, step), b=np.zeros(x.channels), range=(-127, 127))
+        step = np.abs(real).max() / (127 + 127 / _PLANE)
+        coarse = np.clip(np.rint(real / step), -127, 127)
+        fine = np.clip(np.rint((real / step - coarse) * _PLANE), -127, 127)
+        self.notes.append(f"{layer}: pixels are normalised through tables of 16 bits, and the convolution runs twice; one std "
+                          "for all channels and means of whole grey levels (k / 255) would make it once")
+        first, second = (self.program.write("lookup", [str(x.source)], layer, table=table.astype(np.int8))
+                         for table in (coarse, fine))
+        x = replace(x, source=first, kind="s8", a=np.full(x.channels, step), b=np.zeros(x.channels), range=(-127, 127))
+        return x, (second, 1 / _PLANE)
 
     def _eight_bits(self, x: Value, per_channel: bool, layer: str) -> Value:
         """A real-valued input as calibrated signed 8-bit codes."""
@@ -271,11 +282,11 @@ class Lowering:
         if kernel == (x.height, x.width):
             return self.mean(x, "space", layer)
         n = kernel[0] * kernel[1]
-        x, zero, _ = self._codes(x, True, False, (0, 0), layer)
+        x, zero, _, fine = self._codes(x, True, False, (0, 0), layer)
         if x.border is not None:
             raise ExportError(f"{layer}: average pooling of a NormPad cannot be exported; pool before it.")
-        ones = np.ones((x.channels, 1, *kernel), np.int32)
-        pending = Conv(str(x.source), ones, {"kind": "binary", "bits": 1}, stride, (0, 0), x.channels, None, x.range, layer)
+        ones, scheme = np.ones((x.channels, 1, *kernel), np.int32), {"kind": "binary", "bits": 1}
+        pending = Conv(str(x.source), ones, scheme, stride, (0, 0), x.channels, None, x.range, layer, fine)
         return Value(pending, "acc", x.a / n, -x.a * zero, (x.height - kernel[0]) // stride[0] + 1,
                      (x.width - kernel[1]) // stride[1] + 1, x.steps)
 

@@ -237,7 +237,7 @@ class Observer:
             raise unknown(node)
         first = flat[0]
         if kind in ("maxpool", "avgpool", "adaptive", "conv"):
-            return _spatial(first, lambda x: call(x, *plain_args[1:], **plain_kwargs))
+            return _spatial(node, first, lambda x: call(x, *plain_args[1:], **plain_kwargs))
         out = call(*plain_args, **plain_kwargs)
         return Labelled(out, *_axes_after(node, kind, first, flat, args, kwargs, out))
 
@@ -256,7 +256,7 @@ def unknown(node: Node, why: str = "") -> ExportError:
                        "mean and flatten; replace the operation or keep it out of forward().")
 
 
-def _spatial(x: Labelled, call: Callable[[Tensor], Tensor]) -> Labelled:
+def _spatial(node: Node, x: Labelled, call: Callable[[Tensor], Tensor]) -> Labelled:
     """A module that knows no time on [..., C, H, W] or [..., C, N]: leading axes are merged and split again."""
     lead = len(x.axes) - (x.axes.index(("C",)) if ("C",) in x.axes else len(x.axes))
     merged = x.tensor.flatten(0, x.tensor.dim() - lead - 1) if x.tensor.dim() > lead + 1 else x.tensor
@@ -269,7 +269,8 @@ def _spatial(x: Labelled, call: Callable[[Tensor], Tensor]) -> Labelled:
         if axes[i] == ("H", "W") and out.shape[i] == sizes["H"] * sizes["W"]:
             continue
         if len(axes[i]) != 1:
-            raise ExportError(f"a spatial operation works on the merged axis {axes[i]}; it needs [.., C, H, W].")
+            raise ExportError(f"{place(node)}: a spatial operation on the merged axis {'*'.join(axes[i])}; it needs "
+                              "[.., C, H, W].")
         sizes[axes[i][0]] = out.shape[i]
     return Labelled(out, tuple(axes), sizes)
 
@@ -293,11 +294,14 @@ def _apply_module(node: Node, module: nn.Module, args: Any, kwargs: Any) -> Labe
         return Labelled(out, _reshaped(node, x, out), x.sizes)
     if isinstance(module, nn.Linear):
         return _linear(node, x, module(x.tensor))
+    if isinstance(module, nn.Conv1d) and (module.kernel_size, module.stride, module.padding) != ((1,), (1,), (0,)):
+        raise ExportError(f"{place(node)}: a Conv1d with kernel {module.kernel_size[0]}, stride {module.stride[0]}, padding "
+                          f"{module.padding[0]} cannot be exported; kernel 1 over tokens can, for neighbourhoods use Conv2d.")
     if isinstance(module, (*CONVS, *NORMS, *POOLS, NormPad)):
         if ("C",) not in x.axes:
             raise ExportError(f"{place(node)}: {type(module).__name__} needs an axis of channels; its input has the axes "
                               f"{x.axes}.")
-        return _spatial(x, module)
+        return _spatial(node, x, module)
     raise ExportError(f"module {place(node)!r} ({type(module).__name__}) cannot be exported. A deployed model is made of conv, "
                       "linear, batch norm, LIF, IELIF, spike_attention, residual +, * constant, pooling, mean and flatten.")
 
