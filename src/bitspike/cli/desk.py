@@ -237,5 +237,7 @@ def demo(*, out: Path = Path("runs/demo"), settings: Settings = ()) -> int:
     """
     from bitspike.cli.demonstration import demonstrate
 
-    _wide(demonstrate(out, _overrides(settings)))
+    table, next_steps = demonstrate(out, _overrides(settings))
+    _wide(table)
+    _console().print(next_steps, markup=False)
     return 0
