@@ -34,23 +34,28 @@ def sample_pictures(count: int, height: int, width: int, channels: int) -> Pixel
 
     folder = resources.files("bitspike") / "data" / "fashion_mnist_sample"  # bitspike.data would import torch
     raw = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())
-    grey = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)[:count]
+    grey = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
+    grey = grey[_spread(len(grey), count)]
     if (height, width) != (28, 28):
         grey = np.stack([np.asarray(Image.fromarray(g).resize((width, height), Image.Resampling.BICUBIC)) for g in grey])
     return np.ascontiguousarray(np.repeat(grey[..., None], channels, axis=3))
 
 
 def split_pictures(data: Dataset, split: str, count: int, size: int, channels: int) -> Pixels:
-    """The first `count` pictures of a split, as evaluation sees them; spread over the split if it is sorted by class."""
+    """`count` pictures of a split, as evaluation sees them; from all over it, since it may be sorted by class."""
     import torch
 
     from bitspike.data.loader import evaluation_batches
     from bitspike.data.splits import take
 
     whole = data.split(split)
-    index = torch.linspace(0, len(whole) - 1, min(count, len(whole))).long()
+    index = torch.from_numpy(_spread(len(whole), count))
     parts = [pixels for pixels, _ in evaluation_batches(take(whole, index), size, 64, 0)]
     return as_pixels(torch.cat(parts), channels)
+
+
+def _spread(total: int, count: int) -> np.ndarray:
+    return np.linspace(0, total - 1, min(count, total)).astype(np.int64)
 
 
 def as_pixels(images_BCHW: Any, channels: int) -> Pixels:
