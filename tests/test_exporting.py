@@ -300,6 +300,12 @@ def test_the_file_tells_what_it_is(tmp_path: Path) -> None:
     assert "agreement with the torch model" in str(report)
 
 
+def test_equal_tensors_are_stored_once(tmp_path: Path) -> None:
+    net = nn.Sequential(*(nn.Conv2d(3, 3, 1, bias=False) for _ in range(3)), nn.Flatten(), nn.Linear(192, 4))
+    export(net, tmp_path / "a.bitspike")
+    assert sum(name.endswith(".b") for name in artifact.read(tmp_path / "a.bitspike").tensors) == 3
+
+
 def test_large_potentials_cost_fraction_bits(tmp_path: Path) -> None:
     small = export(prepared(Net(lambda n, x: end(n, n.conv2(x) + x))), tmp_path / "a.bitspike")
     large = export(prepared(Net(lambda n, x: end(n, (n.conv2(x) + x) * 1e4 + x))), tmp_path / "b.bitspike")

@@ -76,6 +76,7 @@ class Program:
         self.fraction_bits, self.time_steps = fraction_bits, time_steps
         self.ops: list[dict[str, Any]] = []
         self.tensors: dict[str, Array] = {}
+        self._names: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self.packed: dict[str, tuple[Array, dict[str, Any]]] = {}  # codes [O, kh, kw, I/groups] and their scheme
         self.overflow = ""  # where a number did not fit; such a program must not be written
 
@@ -90,8 +91,9 @@ class Program:
         entry: dict[str, Any] = {"op": op, "in": inputs, "out": out}
         for name, value in attributes.items():
             if isinstance(value, np.ndarray):
-                self.tensors[f"{out}.{name}"] = value
-                value = f"{out}.{name}"
+                # equal tensors are stored once: offsets of convolutions without bias and norm are all zeros
+                value = self._names.setdefault((value.dtype.str, value.shape, value.tobytes()), f"{out}.{name}")
+                self.tensors.setdefault(value, attributes[name])
             entry[name] = value
         if layer:
             entry["layer"] = layer
