@@ -149,14 +149,19 @@ def test_embedded_sample():
     assert data.hash == load("fashion_mnist_sample", None).hash
 
 
+def _gz(data):
+    """Without the time of day, which would give each pytest worker other test names."""
+    return gzip.compress(data, mtime=0)
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("train-images-idx3-ubyte.gz", b"\x1f\x8b\x08", "not a whole gzip file"),
-    ("train-images-idx3-ubyte.gz", gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 100, 28, 28)),
+    ("train-images-idx3-ubyte.gz", _gz(b"\0\0\x08\x03" + struct.pack(">3I", 100, 28, 28)),
      "0 bytes of data, its header"),
-    ("train-labels-idx1-ubyte.gz", gzip.compress(b"\0\0\x0d\x01aaaa"), "begins with 00 00 0d 01, expected 00 00 08 01"),
-    ("train-labels-idx1-ubyte.gz", gzip.compress(b""), "begins with nothing"),
-    ("t10k-labels-idx1-ubyte.gz", gzip.compress(b"\0\0\x08\x01" + struct.pack(">I", 20) + b"\x0b" * 20), r"labels 11\.\.11"),
-    ("t10k-labels-idx1-ubyte.gz", gzip.compress(b"\0\0\x08\x01" + struct.pack(">I", 2) + b"\0\0"), "and 2 labels"),
+    ("train-labels-idx1-ubyte.gz", _gz(b"\0\0\x0d\x01aaaa"), "begins with 00 00 0d 01, expected 00 00 08 01"),
+    ("train-labels-idx1-ubyte.gz", _gz(b""), "begins with nothing"),
+    ("t10k-labels-idx1-ubyte.gz", _gz(b"\0\0\x08\x01" + struct.pack(">I", 20) + b"\x0b" * 20), r"labels 11\.\.11"),
+    ("t10k-labels-idx1-ubyte.gz", _gz(b"\0\0\x08\x01" + struct.pack(">I", 2) + b"\0\0"), "and 2 labels"),
 ])
 def test_damaged_fashion_mnist(tmp_path, name, content, message):
     (write_fashion(tmp_path / "fashion-mnist") / name).write_bytes(content)
