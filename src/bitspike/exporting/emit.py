@@ -20,8 +20,8 @@ def fixed_point(values: Array) -> tuple[Array, int]:
     Powers of two are exact; the error is at most 2^-30 of the largest factor. Errors: ExportError for factors of 2^30
     and more, which no network needs.
 
-    >>> fixed_point(np.array([0.25, -3.0]))
-    (array([ 67108864, -805306368], dtype=int32), 28)
+    >>> m, s = fixed_point(np.array([0.25, -3.0])); m.tolist(), s
+    ([67108864, -805306368], 28)
     """
     top = float(np.max(np.abs(values), initial=0.0))
     if top == 0:
