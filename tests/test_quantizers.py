@@ -1,4 +1,4 @@
-"""Quantizers: forward is codes times scale, exactly; gradients; first-batch initialisation; limits."""
+"""Quantizer, Uniforms: forward is codes times scale, exactly; gradients; first-batch initialisation; limits."""
 from __future__ import annotations
 
 import math
@@ -10,19 +10,20 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from bitspike.quantizers import LSQ, Binary, MaxScale, Membrane, PowerOfTwo, Quantizer  # noqa: E402
+from bitspike.quantizers import LSQ, Binary, MaxScale, Membrane, PowerOfTwo, Quantizer, Uniform  # noqa: E402
 
 # every weight quantizer that exists, with every width and every option
 ALL = {
     **{f"lsq{b}_{c}_{init}": (lambda b=b, c=c, init=init: LSQ(b, c, init))
        for b in range(2, 9) for c in (1, 5) for init in ("tensor", "channel")},
     **{f"pow2_{b}_{per}": (lambda b=b, per=per: PowerOfTwo(b, True, per)) for b in (2, 3, 4) for per in (False, True)},
+    **{f"uniform{b}_{per}": (lambda b=b, per=per: Uniform(b, per)) for b in range(2, 9) for per in (False, True)},
     **{f"pow2_scale_{b}_{per}": (lambda b=b, per=per: PowerOfTwo(b, False, per)) for b in range(2, 9) for per in (False, True)},
     **{f"max{b}_{per}": (lambda b=b, per=per: MaxScale(b, per)) for b in range(2, 9) for per in (False, True)},
     **{f"binary_{g}_{s}": (lambda g=g, s=s: Binary(g, s)) for g in ("ste", "ir_net") for s in ("none", "pow2", "mean")},
 }
 # one of each, for the slower tests
-SOME = [n for n in ALL if n in ("lsq4_5_tensor", "lsq2_1_tensor", "pow2_4_True", "pow2_3_False", "pow2_scale_4_True",
+SOME = [n for n in ALL if n in ("lsq4_5_tensor", "lsq2_1_tensor", "pow2_4_True", "pow2_3_False", "pow2_scale_4_True", "uniform4_True",
                                 "max8_False", "binary_ste_mean", "binary_ir_net_pow2")]
 SHAPES = [(5, 6, 3, 3), (5, 7), (5, 4, 1), (5, 1, 3, 3)]
 

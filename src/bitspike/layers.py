@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bitspike.neurons import LIF
-from bitspike.quantizers import LSQ, Binary, MaxScale, Membrane, PowerOfTwo, Quantizer
+from bitspike.quantizers import LSQ, Binary, MaxScale, Membrane, PowerOfTwo, Quantizer, Uniform
 from bitspike.spec import QuantSpec, Scheme, SpecError
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -31,6 +31,8 @@ def make_quantizer(scheme: Scheme, weight: Tensor) -> Quantizer:
     channels = weight.shape[0] if scheme.per == "channel" else 1
     if scheme.kind == "lsq":
         return LSQ(scheme.bits, channels, **scheme.options)
+    if scheme.kind == "uniform":
+        return Uniform(scheme.bits, per_channel=scheme.per == "channel")
     if scheme.kind in ("pow2", "pow2_scale"):
         return PowerOfTwo(scheme.bits, levels=scheme.kind == "pow2", per_channel=scheme.per == "channel")
     if scheme.kind == "max":

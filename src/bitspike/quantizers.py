@@ -119,6 +119,47 @@ class LSQ(Quantizer):
         return f"bits={self.bits}, channels={self.scale.numel()}"
 
 
+# ----------------------------------------------------------------------------------------------- uniform
+class Uniform(Quantizer):
+    """Signed k bits whose step follows the weights instead of being learned.
+
+        alpha_o = 2 mean_o|w| / sqrt(Qp),   codes = clip( round(w / alpha), -2^(k-1), 2^(k-1) - 1 )
+        dL/dw = dL/dw_q inside the clip range, 0 outside; alpha takes no gradient
+    It is LSQ's initial step, kept up with. In front of a norm without scale the size of a weight has no effect, and a
+    learned step then drifts: in networks trained from scratch it was seen to shrink until every weight was clipped and
+    none had a gradient. Here the clip range stays at the same multiple of the weights' own size.
+
+    Args: bits 2..8; per_channel. Deploys as: scheme `uniform`, k bits. Source: the initial step of LSQ (ICLR 2020).
+
+    >>> Uniform(4, per_channel=False).codes(torch.tensor([[-1.0, 0.1, 0.55]]))[0].tolist()
+    [[-2, 0, 1]]
+    """
+
+    deploys_as = "uniform"
+
+    def __init__(self, bits: int, per_channel: bool = True) -> None:
+        super().__init__()
+        if not 2 <= bits <= 8:
+            raise ValueError(f"Uniform: bits={bits}; allowed: 2..8. For one bit use Binary.")
+        self.bits, self.per_channel = bits, per_channel
+        self.low, self.high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+    def _step(self, w: Tensor) -> Tensor:
+        mean = w.detach().abs().mean(_over_channels(w) if self.per_channel else tuple(range(w.dim()))).reshape(-1)
+        return (2 / math.sqrt(self.high) * mean).clamp_min(_SMALLEST)
+
+    def forward(self, w: Tensor) -> Tensor:
+        return _LSQ.apply(w, self._step(w), self.low, self.high, 1.0)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def codes(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self._step(w)
+        return (w / _shaped(scale, w)).round_().clamp_(self.low, self.high).int(), scale
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, per_channel={self.per_channel}"
+
+
 # ---------------------------------------------------------------------------------------- powers of two
 class _Straight(torch.autograd.Function):
     """Value of `quantized`, gradient of the identity where `inside`."""

@@ -34,7 +34,7 @@ class Recipe:
 
     Model: `model(**model_options)` gives the full-precision network, input float [B, C, H, W], output logits [B, K] or
     [T, B, K]; `spec` says which layer is quantized how; without one, `bits` quantizes every layer: 32 not at all, 1 with
-    `Scheme("binary")`, 2..8 with `Scheme("lsq", bits)`.
+    `Scheme("binary")`, 2..8 with `Scheme(scheme, bits)`.
     Data: uint8 pixels; the model sees (pixel / 255 - mean) / std; grey images with three means become three channels.
     `train_on="train+val"` uses the held-out part too; then nothing is measured until the test at the end.
     Steps: `batch_size` is that of one optimizer step, over all processes and `accumulate` parts.
@@ -60,6 +60,7 @@ class Recipe:
     model_options: Mapping[str, Any] = field(default_factory=dict)
     spec: QuantSpec | None = None
     bits: int = 32
+    scheme: Literal["lsq", "uniform", "pow2", "pow2_scale"] = "lsq"
     # data
     data: str = "cifar10"
     train_on: Literal["train", "train+val"] = "train"
@@ -184,7 +185,7 @@ class Recipe:
         """The spec to attach; None for float weights."""
         if self.spec is not None or self.bits == 32:
             return self.spec
-        return QuantSpec({"*": Scheme("binary") if self.bits == 1 else Scheme("lsq", self.bits)})
+        return QuantSpec({"*": Scheme("binary") if self.bits == 1 else Scheme(self.scheme, self.bits)})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; functions as "module:name"."""

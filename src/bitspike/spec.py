@@ -16,6 +16,7 @@ from typing import Any
 KINDS: dict[str, tuple[int, ...]] = {
     "full": (32,),
     "lsq": (2, 3, 4, 5, 6, 7, 8),
+    "uniform": (2, 3, 4, 5, 6, 7, 8),
     "pow2": (2, 3, 4),
     "pow2_scale": (2, 3, 4, 5, 6, 7, 8),
     "max": (2, 3, 4, 5, 6, 7, 8),
@@ -39,7 +40,8 @@ class SpecError(ValueError):
 class Scheme:
     """The form of one layer's weights (or, kind "membrane", of one neuron's potential).
 
-    kind: "full" (left alone), "lsq" (uniform signed k-bit, learned step), "pow2" (levels are powers of two),
+    kind: "full" (left alone), "lsq" (uniform signed k-bit, learned step), "uniform" (the
+    same, the step follows the mean size of the weights), "pow2" (levels are powers of two),
     "pow2_scale" (uniform levels, the step is a power of two), "max" (uniform levels up to the largest weight),
     "binary" (normalised sign), "membrane" (LIF potential).
     bits: width of one code. per: "channel" (one scale per output channel) or "tensor".

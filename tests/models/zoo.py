@@ -32,7 +32,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "events": (lambda: _meta("published", in_channels=2), (3, 2, 2, 32, 32)),
     "compact": (lambda: CompactSpikeformer((8, 16, 16), heads=4, num_classes=5), (2, 3, 32, 32)),
     "compact_lif": (lambda: CompactSpikeformer((8, 16, 16), heads=4, num_classes=5, time_steps=3,
-                                               neuron=lambda: LIF(0.5, 0.4, scale_input=False)), (2, 3, 32, 32)),
+                                               neuron=lambda: LIF(0.5, 0.7, scale_input=False)), (2, 3, 32, 32)),
     "odd": (lambda: _meta("published", widths=(6, 10, 12, 9), heads=3, mlp_ratio=2), (2, 3, 37, 51)),
 }
 
@@ -49,6 +49,7 @@ def lively(model: nn.Module) -> nn.Module:
             n = module.num_features
             if not module.weight.requires_grad:  # the compact network
                 module.running_var.fill_(1.0)
+                module.bias.data.copy_(0.6 * torch.rand(n, generator=generator))
                 continue
             module.weight.data.copy_(0.5 + torch.rand(n, generator=generator))
             module.bias.data.copy_(0.6 * torch.rand(n, generator=generator))

@@ -2,8 +2,7 @@
 
 Ours, made for training on a CPU. It keeps QSD-Transformer's neuron (IE-LIF), its linear attention q (k^T v) without softmax
 and its real-valued residual stream, and takes from fast float networks for CIFAR (K. Jordan, "94% on CIFAR-10 in 3.29
-seconds", 2024) what makes the first epochs count: a decorrelating 2x2 stem, identity-initialised convolutions, norms without
-scale, a maximum over the last map.
+seconds", 2024) what makes the first epochs count: a decorrelating 2x2 stem, norms without scale, a maximum over the last map.
 
     image -> stem 2x2 -> group: N conv pool, + N conv  -> group -> + attention -> group -> max -> N -> head
 
@@ -23,13 +22,16 @@ from bitspike.neurons import IELIF, LIF, timewise
 
 NeuronFactory = Callable[[], nn.Module]
 
+_BRANCH = 0.5  # scale of a residual branch: the sum stays in the neurons' range
+
 # torch.fx patches a function where it is called from, so each importing module has to say it again
 torch.fx.wrap("as_sequence")
 torch.fx.wrap("spike_attention")
 
 
-def _norm(channels: int, momentum: float = 0.1) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(channels, momentum=momentum)
+def _norm(channels: int, scale: float = 1.0) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels, momentum=0.3)  # schedules here are short: statistics must keep up with the weights
+    nn.init.constant_(norm.weight, scale)
     norm.weight.requires_grad_(False)  # the neuron's gain fixes the scale; only the bias is trained
     return norm
 
@@ -70,7 +72,7 @@ class SpikeAttention(nn.Module):
         self.q, self.k, self.v = conv(), conv(), conv()
         self.q_neuron, self.k_neuron, self.v_neuron = neuron(), neuron(), neuron()
         self.attention_neuron = neuron()
-        self.proj = conv()
+        self.proj = ConvNorm(nn.Conv2d(channels, channels, 1, bias=False), _norm(channels, _BRANCH))
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         s = self.neuron(x_TBCHW)
@@ -91,7 +93,7 @@ class Group(nn.Module):
         self.blocks = nn.ModuleList()
         for _ in range(extra):
             block = SpikeConv(neuron(), nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), norm=False)
-            block.norm = _norm(out_channels)
+            block.norm = _norm(out_channels, _BRANCH)
             self.blocks.append(block)
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
@@ -105,7 +107,8 @@ class CompactSpikeformer(nn.Module):
     """The network of this file.
 
     Args: widths of the three groups; extra: residual convolutions per group; heads; attention: on or off (off leaves the
-    block out); num_classes; time_steps; neuron: function that returns a new neuron; logit_scale: factor on the logits.
+    block out); num_classes; time_steps; neuron: function that returns a new neuron; attention_scale: factor on
+    q (k^T v), per channel of a head; the default keeps 49 tokens in the neuron's range; logit_scale: factor on the logits.
     Shapes: images [B, 3, H, W] (H, W from 26 to 33 give the final 3x3 map that is pooled) or sequences -> [B, classes].
 
     >>> CompactSpikeformer((8, 16, 16), heads=2)(torch.zeros(2, 3, 32, 32)).shape
@@ -114,7 +117,8 @@ class CompactSpikeformer(nn.Module):
 
     def __init__(self, widths: Sequence[int] = (64, 256, 256), extra: Sequence[int] = (1, 1, 1), heads: int = 8,
                  attention: bool = True, num_classes: int = 10, time_steps: int = 1,
-                 neuron: NeuronFactory = partial(IELIF, 4, 2.0), stem_width: int = 24, logit_scale: float = 0.25) -> None:
+                 neuron: NeuronFactory = partial(IELIF, 4, 2.0), stem_width: int = 24, attention_scale: float = 0.25,
+                 logit_scale: float = 0.25) -> None:
         super().__init__()
         if len(widths) != 3 or len(extra) != 3:
             raise ValueError(f"CompactSpikeformer: widths={tuple(widths)}, extra={tuple(extra)}; both need three numbers.")
@@ -122,15 +126,12 @@ class CompactSpikeformer(nn.Module):
         self.stem = ConvNorm(nn.Conv2d(3, stem_width, 2, bias=False), _norm(stem_width))
         before = (stem_width, *widths[:2])
         self.groups = nn.ModuleList([Group(i, o, n, neuron) for i, o, n in zip(before, widths, extra, strict=True)])
-        self.attention = SpikeAttention(widths[1], heads, 0.25, neuron) if attention else None
+        self.attention = SpikeAttention(widths[1], heads, attention_scale * heads / widths[1], neuron) if attention else None
         self.pool = nn.MaxPool2d(3)
         self.neuron = neuron()
         self.head = nn.Linear(widths[2], num_classes, bias=False)
         with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-                    nn.init.dirac_(module.weight[: module.in_channels])
-            self.stem.conv.weight.copy_(haar_stem(stem_width))
+            self.stem.conv.weight.copy_(haar_stem(stem_width))  # type: ignore[operator]
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Images or a sequence -> the potentials after the three groups, [T, B, C, H, W]."""
@@ -159,4 +160,4 @@ def compact_lif(num_classes: int = 10, time_steps: int = 4, attention: bool = Tr
                 widths: tuple[int, int, int] = (64, 256, 256), extra: tuple[int, int, int] = (1, 1, 1)) -> CompactSpikeformer:
     """`compact` with plain LIF neurons over T steps."""
     return CompactSpikeformer(widths, extra, attention=attention, num_classes=num_classes, time_steps=time_steps,
-                              neuron=partial(LIF, 0.5, 0.5))
+                              neuron=partial(LIF, 0.5, 0.5), attention_scale=2.0)

@@ -272,11 +272,11 @@ _CIFAR = Recipe(
 
 # mean and std: whole pixel values and one width for all colours, so that the integer program reads the pixels as they are
 _SMALL = Recipe(
-    "qsd_transformer.cifar10_small", compact_spikeformer.compact, bits=4, objective=fine_grained_distillation,
-    data="cifar10", train_on="train+val", mean=(125 / 255, 123 / 255, 114 / 255), std=(64 / 255,), flip="alternating",
-    translate=2, cutout=8, epochs=24, batch_size=500, optimizer="muon", lr=0.02, plain_lr=0.2, scale_lr=0.02,
-    momentum=0.85, betas=(0.9, 0.98), weight_decay=0.01, schedule="triangle", warmup_epochs=2, precision="bf16",
-    label_smoothing=0.1, validate_every=4,
+    "qsd_transformer.cifar10_small", compact_spikeformer.compact, bits=4, scheme="uniform",
+    objective=fine_grained_distillation, data="cifar10", train_on="train+val", mean=(125 / 255, 123 / 255, 114 / 255),
+    std=(64 / 255,), flip="alternating", translate=2, cutout=8, epochs=18, batch_size=500, optimizer="muon", lr=0.025,
+    plain_lr=0.16, momentum=0.85, betas=(0.9, 0.98), weight_decay=0.01, schedule="triangle", warmup_epochs=1.5,
+    precision="bf16", label_smoothing=0.1,
     notes="Network and schedule are ours, for two CPU cores: see models/compact_spikeformer.py. All 50,000 training images; "
           "the test set is looked at once, at the end.")
 
