@@ -233,7 +233,8 @@ def encode(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> by
         offset += len(raw)
     body = b"".join(chunks)
     try:
-        text = json.dumps({**header, "format_version": FORMAT_VERSION, "crc32": zlib.crc32(body)}, allow_nan=False)
+        text = json.dumps({**header, "format_version": FORMAT_VERSION, "crc32": zlib.crc32(body)}, allow_nan=False,
+                          separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"the header cannot be written as JSON: {error}") from None
     metadata = {"bitspike": text, "header_crc32": _header_crc(text, table)}
