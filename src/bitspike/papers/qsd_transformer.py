@@ -329,6 +329,9 @@ RECIPES: dict[str, Recipe] = _listed(
     replace(_SMALL, name="qsd_transformer.cifar10_small_float", bits=32,
             claim="ours: the float-weight twin of cifar10_small, not measured yet",
             cost="as cifar10_small. " + _command("qsd_transformer.cifar10_small_float")),
+    replace(_SMALL, name="qsd_transformer.cifar10_small_lif", model=compact_spikeformer.compact_lif,
+            claim="ours: plain LIF over 4 time steps in place of IE-LIF, for comparison, not measured yet",
+            cost="four times cifar10_small. " + _command("qsd_transformer.cifar10_small_lif")),
     replace(_TRANSFER, name="qsd_transformer.cifar10_transfer", claim=_NO_CLAIM,
             cost="60 epochs of 2.1 G MACs an image forward: 1.9e16 MACs, a GPU. "
                  + _command("qsd_transformer.cifar10_transfer", " --set model_options.start=PATH")),
