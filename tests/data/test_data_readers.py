@@ -14,7 +14,7 @@ from bitspike.data import DataError, load
 from bitspike.data.cifar import CIFAR10_CLASSES, CIFAR100_CLASSES
 from bitspike.data.splits import held_out
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*its MD5 differs")
+pytestmark = pytest.mark.filterwarnings("ignore:.*MD5 differs")
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 
 
@@ -67,7 +67,7 @@ def test_other_pixels_have_another_hash(tmp_path):
 
 def test_other_md5_warns(tmp_path):
     write_cifar10(tmp_path)
-    with pytest.warns(UserWarning, match="data_batch_1: its MD5 differs from the published one"):
+    with pytest.warns(UserWarning, match="data_batch_1, .*: MD5 differs from the published one"):
         load("cifar10", tmp_path)
 
 

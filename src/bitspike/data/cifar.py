@@ -50,12 +50,22 @@ class _Plain(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a CIFAR batch has no use for")
 
 
-def _read(path: Path, md5: str, labels: str, classes: int) -> Arrays:
-    """One batch file as images [N, 3, 32, 32] and labels. Errors: DataError."""
-    data = path.read_bytes()
-    if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
-        warnings.warn(f"{path}: its MD5 differs from the published one; the run records the hash of what it read.",
-                      stacklevel=2)
+def _read_all(folder: Path, files: dict[str, str], labels: str, classes: int) -> list[Arrays]:
+    """Every batch file; one warning names those that are not the published ones. Errors: DataError."""
+    parts, other = [], []
+    for name, md5 in files.items():
+        data = (folder / name).read_bytes()
+        if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
+            other.append(name)
+        parts.append(_read(folder / name, data, labels, classes))
+    if other:
+        warnings.warn(f"{folder}: {', '.join(other)}: MD5 differs from the published one; the run records the hash of what "
+                      "it read.", stacklevel=3)
+    return parts
+
+
+def _read(path: Path, data: bytes, labels: str, classes: int) -> Arrays:
+    """The bytes of one batch file as images [N, 3, 32, 32] and labels. Errors: DataError."""
     try:
         batch = _Plain(io.BytesIO(data), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can fail in any way
@@ -92,7 +102,7 @@ def cifar10(data_dir: Path | str) -> Dataset:
     Errors: DataError for a missing, empty, incomplete or corrupt folder. A different MD5 only warns.
     """
     folder = _folder(Path(data_dir), "cifar-10-batches-py", _CIFAR10, "cifar-10-python.tar.gz")
-    parts = [_read(folder / name, md5, "labels", 10) for name, md5 in _CIFAR10.items()]
+    parts = _read_all(folder, _CIFAR10, "labels", 10)
     train = Arrays(torch.cat([p.images for p in parts[:5]]), torch.cat([p.labels for p in parts[:5]]))
     return in_memory("cifar10", CIFAR10_CLASSES, train, parts[5])
 
@@ -100,5 +110,5 @@ def cifar10(data_dir: Path | str) -> Dataset:
 def cifar100(data_dir: Path | str) -> Dataset:
     """CIFAR-100 (fine labels) from `data_dir`/cifar-100-python; like `cifar10`."""
     folder = _folder(Path(data_dir), "cifar-100-python", _CIFAR100, "cifar-100-python.tar.gz")
-    train, test = (_read(folder / name, md5, "fine_labels", 100) for name, md5 in _CIFAR100.items())
+    train, test = _read_all(folder, _CIFAR100, "fine_labels", 100)
     return in_memory("cifar100", CIFAR100_CLASSES, train, test)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -133,9 +134,14 @@ def profile_artifact(net: Net, images: NDArray[np.uint8], *, file_bytes: int | N
             neurons += values[name].size / values[name].shape[0]
     pixels = _from_pixels(net)
     layers: list[Operation] = []
+    stored: set[str] = set()
     for op, listed in zip(net.program.ops, net.header["program"], strict=True):
         if op.name == "conv":
-            layers.append(_conv(op, listed, net, counts, pixels))
+            layer = _conv(op, listed, net, counts, pixels)
+            if listed["weight"] in stored:  # two planes of the pixels read one weight
+                layer = replace(layer, weights=0)
+            stored.add(listed["weight"])
+            layers.append(layer)
         elif op.name == "attention":
             layers += _attention(op, net, counts)
     residuals, states = _potentials(net)
