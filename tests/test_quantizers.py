@@ -23,8 +23,8 @@ ALL = {
     **{f"binary_{g}_{s}": (lambda g=g, s=s: Binary(g, s)) for g in ("ste", "ir_net") for s in ("none", "pow2", "mean")},
 }
 # one of each, for the slower tests
-SOME = [n for n in ALL if n in ("lsq4_5_tensor", "lsq2_1_tensor", "pow2_4_True", "pow2_3_False", "pow2_scale_4_True", "uniform4_True",
-                                "max8_False", "binary_ste_mean", "binary_ir_net_pow2")]
+SOME = [n for n in ALL if n in ("lsq4_5_tensor", "lsq2_1_tensor", "pow2_4_True", "pow2_3_False", "pow2_scale_4_True",
+                                "uniform4_True", "max8_False", "binary_ste_mean", "binary_ir_net_pow2")]
 SHAPES = [(5, 6, 3, 3), (5, 7), (5, 4, 1), (5, 1, 3, 3)]
 
 
