@@ -36,8 +36,7 @@ def _export(model: nn.Module, recipe: Recipe, output: Path, classes: tuple[str, 
     # as evaluation does it: small pictures are taken whole, photographs lose a border
     resize = recipe.image_size if in_memory else round(recipe.image_size / 0.875)
     channels = calibration.shape[3]
-    std = recipe.std if len(recipe.std) == len(recipe.mean) else recipe.std * len(recipe.mean)
-    return export_model(model, output, mean=recipe.mean, std=std, image_size=recipe.image_size, channels=channels,
+    return export_model(model, output, mean=recipe.mean, std=recipe.std, image_size=recipe.image_size, channels=channels,
                         classes=classes, calibration_images=calibration, name=recipe.name,
                         time_steps=int(getattr(model, "time_steps", 1)), resize=resize,
                         provenance=_provenance(recipe, **provenance), min_agreement=min_agreement, check_images=check)

@@ -154,7 +154,8 @@ def export_model(model: nn.Module, path: str | os.PathLike[str], *, mean: Sequen
     Args:
         model: takes normalised pictures float [B, C, H, W], returns logits [B, classes] or [T, B, classes].
         path: the file, conventionally `*.bitspike`; appears whole or not at all.
-        mean, std: of the normalisation x = (pixel / 255 - mean) / std, one number per channel; it becomes part of the program.
+        mean, std: of the normalisation x = (pixel / 255 - mean) / std, one number per channel (std: or one
+            for all); it becomes part of the program.
         image_size: height and width (one number: both). channels: 3 or 1. resize: shorter side before the centre crop.
         classes: one name per logit. name: free text, usually the recipe.
         calibration_images: uint8 [N, H, W, C]; they set the ranges of 8-bit inner activations and of the potentials. Some
@@ -179,6 +180,8 @@ def export_model(model: nn.Module, path: str | os.PathLike[str], *, mean: Sequen
     target = Path(path)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     means, stds = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+    if stds.size == 1 and means.ndim == 1:
+        stds = np.broadcast_to(stds, means.shape)
     shape = (height, width, channels)
     check = calibration_images if check_images is None else check_images
     _check_arguments(calibration_images, means, stds, shape)
