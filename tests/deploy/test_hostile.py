@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -240,6 +241,25 @@ def test_memory_is_bounded_before_it_is_used():
     header["output"] = chain[-1]
     with pytest.raises(ArtifactError, match=r"at once|too large"):
         parse(encode(header, {}))
+
+
+def test_codes_that_many_ops_name_are_unpacked_once():
+    header, _ = small()
+    binary = {"kind": "binary", "bits": 1}
+    tensors = {"w": pack_codes(np.ones(64 * 3 * 64 * 64, int), binary), "one": np.ones(64, np.int32)}
+    header["input"] |= {"height": 64, "width": 64, "resize": None}
+    header["classes"], header["output"] = ["x"] * 64, "x0"
+    conv = {"op": "conv", "in": ["pixels"], "weight": "w", "scheme": binary, "shape": [64, 3, 64, 64], "stride": [1, 1],
+            "padding": [0, 0], "groups": 1, "m": "one", "s": 0, "b": "one", "range": [0, 255]}
+    other = {"shape": [64, 3, 32, 128], "padding": [0, 32]}
+    header["program"] = [{**conv, **(other if i % 2 else {}), "out": f"x{i}"} for i in range(31)]
+    data = encode(header, tensors)
+    tracemalloc.start()
+    found = parse(data)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found.program.ops) == 31
+    assert held < 12 * len(data), "8 times the packed bits, and some for the header"
 
 
 @given(st.data())

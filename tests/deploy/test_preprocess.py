@@ -57,3 +57,48 @@ def test_truncated_and_too_narrow(tmp_path: Path):
         read_image(path, CROP)
     with pytest.raises(ImageError, match="narrow"):
         read_image(Image.new("L", (1, 60_000)), {**CROP, "height": 256, "width": 256, "resize": 256})
+
+
+WHOLE = {"height": 3, "width": 4, "channels": 1, "resize": None}
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_scaled_not_clipped(ending, tmp_path: Path):
+    eight = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    path = tmp_path / f"deep.{ending}"
+    Image.fromarray(eight.astype(np.uint16) * 257).save(path)
+    np.testing.assert_array_equal(read_image(path, WHOLE)[:, :, 0], eight)
+
+
+@pytest.mark.parametrize("pixels", [np.full((3, 4), 0.5, np.float32), np.full((3, 4), 70_000, np.int32),
+                                    np.full((3, 4), -1, np.int32), np.full((3, 4), 9, np.int32)])
+def test_numbers_that_are_no_brightness_are_refused(pixels):
+    with pytest.raises(ImageError, match="save 8 bits"):
+        read_image(Image.fromarray(pixels), WHOLE)
+
+
+def test_the_camera_may_lie_on_its_side(tmp_path: Path):
+    upright = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", WHOLE)[:, :, 0], upright)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_white(mode, tmp_path: Path):
+    clear = Image.new("RGBA", (4, 3), (0, 0, 0, 0))
+    clear.putpixel((1, 2), (10, 10, 10, 255))
+    clear.convert(mode).save(tmp_path / "a.png")
+    expected = np.full((3, 4), 255)
+    expected[2, 1] = 10
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", WHOLE)[:, :, 0], expected)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("limit", [100, 40])  # Pillow warns above its limit and refuses above twice that
+def test_what_pillow_takes_for_a_bomb(limit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Image.new("L", (11, 11)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ImageError, match=r"bomb\.png: Image size \(121 pixels\)"):
+        read_image(tmp_path / "bomb.png", WHOLE)

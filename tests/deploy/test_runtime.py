@@ -10,6 +10,7 @@ import pytest
 
 from bitspike.deploy import ArtifactError, Net, kernels, load, runtime
 from bitspike.deploy.artifact import encode, parse, write
+from bitspike.deploy.errors import KernelError
 from bitspike.deploy.program import OPS
 
 from .random_programs import random_artifact, random_images
@@ -89,9 +90,13 @@ def test_wrong_pictures_are_named():
     for threads in (0, -1, 10**6):
         with pytest.raises(ValueError, match="threads"):
             net(good, threads=threads)
-    for threads in (1.0, True, "2"):
+    for threads in (1.0, True, "2", [1]):
         with pytest.raises(TypeError, match="threads"):
             net(good, threads=threads)
+    np.testing.assert_array_equal(net(good, threads=np.int64(2)), net(good))
+    for name in (["scalar"], None, "abacus"):
+        with pytest.raises(KernelError, match="no set"):
+            kernels.use(name)
 
 
 def test_load_by_path_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -103,6 +108,28 @@ def test_load_by_path_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ArtifactError, match="Built in: mine"):
         load("yours")
     assert "mine" not in repr(load("mine")) and "random" in repr(load("mine"))
+
+
+def test_an_existing_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "zoo").mkdir()
+    for place, seed in (("zoo/mine.bitspike", 4), ("renamed", 5), ("mine", 6)):
+        write(tmp_path / place, *random_artifact(seed))
+    monkeypatch.setattr(runtime, "ZOO", tmp_path / "zoo")
+    monkeypatch.chdir(tmp_path)
+    assert load("renamed").header["program"] == random_artifact(5)[0]["program"]
+    assert load("mine").header["program"] == random_artifact(6)[0]["program"]
+    (tmp_path / "mine").unlink()
+    (tmp_path / "mine").mkdir()  # a data set, say
+    assert load("mine").header["program"] == random_artifact(4)[0]["program"]
+
+
+def test_a_run_folder_is_told_to_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "run1").mkdir()
+    (tmp_path / "run1" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for run in ("run1", tmp_path / "run1"):
+        with pytest.raises(ArtifactError, match="export it first: 'bitspike export"):
+            load(run)
 
 
 def test_importing_needs_neither_torch_nor_pillow():

@@ -1,7 +1,8 @@
 """The artifact file `*.bitspike`: read, write, check. docs/format.md is the contract.
 
-Nothing in a file is believed: sizes, offsets, checksums, every op and every bound are checked before the first use, in
-time and memory proportional to the file, and whatever is wrong is an `ArtifactError`.
+Nothing in a file is believed: sizes, offsets, checksums, every op and every bound are checked before the first use, and
+whatever is wrong is an `ArtifactError`. Memory is proportional to the file; time is, too, except that weights are looked at
+once for every convolution that names them (2^29 in all at most).
 """
 from __future__ import annotations
 
@@ -203,6 +204,9 @@ def read(path: str | os.PathLike[str]) -> Artifact:
     """
     try:
         status = Path(path).stat()
+        if (Path(path) / "config.json").is_file():
+            raise ArtifactError(f"this is the RUN folder of a training; export it first: 'bitspike export {os.fspath(path)} -o "
+                                "FILE.bitspike'")
         if not stat.S_ISREG(status.st_mode):
             raise ArtifactError("this is not a file. Give the path of a *.bitspike file")
         if status.st_size > MAX_FILE_BYTES:

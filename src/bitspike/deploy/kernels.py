@@ -201,7 +201,7 @@ def get(name: str) -> KernelSet:
     Traceback (most recent call last):
     bitspike.deploy.errors.KernelError: kernels: there is no set 'abacus' here. Available: ...
     """
-    if name not in _SETS:
+    if not isinstance(name, str) or name not in _SETS:
         hint = "" if _kernels is not None else " (the compiled extension is not installed)"
         raise KernelError(f"kernels: there is no set {name!r} here. Available: {', '.join(_SETS)}{hint}")
     return _SETS[name]

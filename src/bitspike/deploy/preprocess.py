@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,34 @@ def _fit(image: Image, name: str, resize: int, height: int, width: int) -> Image
     return image.crop((left, top, left + width, top + height))
 
 
+def _eight_bits(image: Image, name: str) -> Image:
+    """A picture of 16 bits as one of 8: 257 of the first are 1 of the second. Pillow's own conversion would clip."""
+    from PIL import Image as pillow
+
+    if not image.mode.startswith(("I", "F")):
+        return image
+    pixels = np.asarray(image)
+    low, high = pixels.min(), pixels.max()
+    if image.mode == "F" or low < 0 or high > 65535 or (image.mode == "I" and high < 256):
+        raise ImageError(f"{name}: pixels of mode {image.mode!r}, values {low}..{high}, have no agreed brightness. Scale them "
+                         "to 0..255 and save 8 bits per channel, or to 0..65535 and 16 bits")
+    return pillow.fromarray(((pixels.astype(np.int32) + 128) // 257).astype(np.uint8))
+
+
+def _opaque(image: Image) -> Image:
+    """The picture on white, where parts of it are transparent."""
+    from PIL import Image as pillow
+
+    if "transparency" not in image.info and not image.mode.endswith(("A", "a")):
+        return image
+    return pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image.convert("RGBA"))
+
+
 def read_image(source: str | os.PathLike[str] | Image, input: Mapping[str, Any]) -> NDArray[np.uint8]:
     """One picture as uint8 `[H, W, C]`, C = 3 (RGB) or 1 (grey).
+
+    It is turned upright where its EXIF data say how the camera was held; 16 bits per channel are scaled to 8; transparent
+    pixels are put on white.
 
     Args:
         source: a file's path or a Pillow image.
@@ -40,27 +67,32 @@ def read_image(source: str | os.PathLike[str] | Image, input: Mapping[str, Any])
             stretches the picture).
 
     Raises:
-        ImageError: the file is missing, is no picture, or is too large.
+        ImageError: the file is missing, is no picture, is too large, or its pixels are 32-bit or float numbers.
 
     >>> from PIL import Image
     >>> read_image(Image.new("RGB", (9, 7), (1, 2, 3)), {"height": 2, "width": 2, "channels": 3, "resize": 4})[0, 0].tolist()
     [1, 2, 3]
     """
     from PIL import Image as pillow
+    from PIL import ImageOps
 
     name = "the picture" if isinstance(source, pillow.Image) else os.fspath(source)
     height, width, channels = input["height"], input["width"], input["channels"]
     try:
-        image = source if isinstance(source, pillow.Image) else pillow.open(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pillow.DecompressionBombWarning)
+            image = source if isinstance(source, pillow.Image) else pillow.open(source)
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are allowed")
-        image = image.convert("RGB" if channels == 3 else "L")
+        image = _opaque(_eight_bits(ImageOps.exif_transpose(image), name)).convert("RGB" if channels == 3 else "L")
         if input["resize"] is not None:
             image = _fit(image, name, input["resize"], height, width)
         elif image.size != (width, height):
             image = image.resize((width, height), pillow.Resampling.BICUBIC)
     except ImageError:
         raise
+    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
+        raise ImageError(f"{name}: {error}. Make it smaller") from None
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
         reason = f"{type(error).__name__}: {error}"
         raise ImageError(f"{name}: cannot be read as a picture ({reason}). Give a PNG or JPEG file") from None

@@ -6,7 +6,7 @@ lies in, and from these the proof that no sum leaves int32. What it returns can 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bitspike.deploy.errors import ArtifactError
 from bitspike.deploy.fields import INT32_MAX, INT32_MIN, Fields, shown
 from bitspike.deploy.ops import windows
-from bitspike.deploy.packing import packed_bytes, unpack_codes
+from bitspike.deploy.packing import check_scheme, packed_bytes, unpack_codes
 
 MAX_OPS = 10_000
 MAX_SIDE = 1 << 14            # pixels, kernel taps, channels / 64
@@ -81,6 +81,8 @@ class _Context:
     time_steps: int
     fraction_bits: int
     weights_left: int = MAX_WEIGHTS
+    #: codes by tensor, scheme and number, so that ops that share a tensor share its codes
+    unpacked: dict[tuple[str, str, int, int], NDArray[np.int8]] = field(default_factory=dict)
 
 
 def _potential(like: Value, **changes: int) -> Value:
@@ -121,13 +123,17 @@ def _weight(fields: Fields, shape: tuple[int, ...], context: _Context) -> NDArra
     scheme = fields.get("scheme")
     try:
         size = packed_bytes(count, scheme)
+        kind, bits = check_scheme(scheme)
     except ArtifactError as error:
         raise ArtifactError(f"{fields.where}: {error}") from None
     packed = fields.tensor("weight", np.uint8, (size,))
-    try:
-        return unpack_codes(packed, (outputs, kh, kw, inputs), scheme)
-    except ArtifactError as error:
-        raise ArtifactError(f"{fields.where}: {error}") from None
+    key = (fields.get("weight"), kind, bits, count)
+    if key not in context.unpacked:
+        try:
+            context.unpacked[key] = unpack_codes(packed, (count,), scheme)
+        except ArtifactError as error:
+            raise ArtifactError(f"{fields.where}: {error}") from None
+    return context.unpacked[key].reshape(outputs, kh, kw, inputs)
 
 
 def _accumulator_bound(weight: NDArray[np.int8], largest: NDArray[np.int64], groups: int) -> int:

@@ -1,6 +1,7 @@
 """Executes an artifact's program: uint8 pictures in, float32 logits out, integers in between."""
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -141,11 +142,14 @@ class Net:
             )
         if threads is None:
             return np.ascontiguousarray(images), os.cpu_count() or 1
-        if isinstance(threads, bool) or not isinstance(threads, int):
-            raise TypeError(f"threads: found {threads!r}; an integer from 1, or None for all cores, is needed")
-        if not 1 <= threads <= 1024:
-            raise ValueError(f"threads: found {threads}; 1..1024 are allowed")
-        return np.ascontiguousarray(images), threads
+        number: Any = None if isinstance(threads, bool) else threads
+        try:
+            count = operator.index(number)
+        except TypeError:
+            raise TypeError(f"threads: found {threads!r}; an integer from 1, or None for all cores, is needed") from None
+        if not 1 <= count <= 1024:
+            raise ValueError(f"threads: found {count}; 1..1024 are allowed")
+        return np.ascontiguousarray(images), count
 
     def _steps(self) -> list[_Step]:
         """The ops bound to the kernels in use; weights are laid out for a set of kernels when it is first used."""
@@ -166,7 +170,7 @@ def builtin_names() -> list[str]:
 def load(path_or_name: str | os.PathLike[str]) -> Net:
     """Open an artifact: the path of a `*.bitspike` file, or the name of a built-in network such as "cifar10".
 
-    A text with neither a folder nor the ending `.bitspike` is a name.
+    A text with neither a folder nor the ending `.bitspike` is a name, unless there is a file called so.
 
     Raises:
         ArtifactError: there is no such file or name, or anything is wrong with the file.
@@ -175,13 +179,15 @@ def load(path_or_name: str | os.PathLike[str]) -> Net:
     Traceback (most recent call last):
     bitspike.deploy.errors.ArtifactError: there is no built-in network 'no-such-network'. ...
     """
-    if isinstance(path_or_name, str) and Path(path_or_name).name == path_or_name and not path_or_name.endswith(".bitspike"):
-        names = builtin_names()
+    path = Path(path_or_name)
+    bare = isinstance(path_or_name, str) and path.name == path_or_name and path.suffix != ".bitspike"
+    names = builtin_names()
+    if bare and not path.is_file() and (path_or_name in names or not path.exists()):
         if path_or_name not in names:
             known = f"Built in: {', '.join(names)}" if names else "No network is built in"
             raise ArtifactError(
                 f"there is no built-in network {path_or_name!r}. {known}; any other network is given by the path of its "
                 "*.bitspike file"
             )
-        path_or_name = ZOO / f"{path_or_name}.bitspike"
-    return Net(artifact.read(path_or_name))
+        path = ZOO / f"{path_or_name}.bitspike"
+    return Net(artifact.read(path))
