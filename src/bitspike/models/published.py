@@ -81,8 +81,8 @@ def load_renamed(model: nn.Module, weights: Mapping[str, Tensor], to_ours: Calla
 
     weights: published name -> tensor. to_ours: published parameter name -> ours, before quantizers are looked at: a
     layer's `weight` goes to the latent weight of a quantized layer, its `alpha` and `init_state` to the LSQ quantizer.
-    dead: regular expression of published names that have no effect and are skipped. A weight [O, I, k] of a Conv1d goes
-    into a [O, I, k, 1] Conv2d. Errors: PublishedWeightsError, and then nothing is changed.
+    dead: regular expression of published names that have no effect and are skipped. A weight [O, I] of a Linear or [O, I, k]
+    of a Conv1d goes into a Conv2d as [O, I, 1, 1] or [O, I, k, 1]. Errors: PublishedWeightsError, and then nothing is changed.
     """
     own = model.state_dict()
     loaded: dict[str, Tensor] = {}
@@ -97,8 +97,8 @@ def load_renamed(model: nn.Module, weights: Mapping[str, Tensor], to_ours: Calla
         if ours not in own or ours in loaded:
             unexpected.append(name)
             continue
-        if tensor.dim() == 3 and own[ours].dim() == 4:
-            tensor = tensor.unsqueeze(-1)
+        if leaf == "weight" and tensor.dim() in (2, 3) and own[ours].dim() == 4:
+            tensor = tensor.reshape(*tensor.shape, *[1] * (4 - tensor.dim()))
         if tensor.numel() == 1 and own[ours].numel() == 1:
             tensor = tensor.reshape(own[ours].shape)
         if tensor.shape != own[ours].shape:
