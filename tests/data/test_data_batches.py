@@ -33,6 +33,12 @@ def test_an_epoch_shows_each_image_once(arrays):
     assert torch.equal(arrays.images, before), "augmentation must not write into the dataset"
 
 
+def test_erasing_grey_images_with_three_means():
+    grey = Arrays(torch.zeros(8, 1, 12, 12, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
+    ((images, _),) = ArrayBatches(grey, 8, 3, Augment(erasing=1.0, mean=(0.5, 0.1, 0.1), std=(0.01,) * 3)).step(0)
+    assert images.shape == (8, 1, 12, 12) and 115 < int(images[images > 0].median()) < 140
+
+
 def test_alternating_flip_shows_both_sides():
     first, second = (mirrored(1000, 0, epoch, "alternating") for epoch in (0, 1))
     assert torch.equal(first, ~second) and 400 < int(first.sum()) < 600

@@ -173,7 +173,8 @@ def erase(images: Tensor, augment: Augment, batch: int, mine: slice, draw: torch
     h = (area * aspect).sqrt().round().clamp(1, H - 1).long()
     w = (area / aspect).sqrt().round().clamp(1, W - 1).long()
     top, left = (u[3] * (H - h + 1)).long(), (u[4] * (W - w + 1)).long()
-    mean, std = (255 * torch.tensor(t)[:, None, None] for t in (augment.mean, augment.std))
+    # grey pixels become as many channels as mean has only when they are normalised
+    mean, std = (255 * torch.tensor(t)[: images.shape[1], None, None] for t in (augment.mean, augment.std))
     for i in torch.nonzero(u[0, mine] < augment.erasing).flatten().tolist():
         p = (mine.start or 0) + i
         box = images[i, :, top[p] : top[p] + h[p], left[p] : left[p] + w[p]]
