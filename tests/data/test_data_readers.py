@@ -204,6 +204,8 @@ def test_imagenet_errors(tmp_path, write_imagenet):
 
 # --------------------------------------------------------------------------------------------------- splits
 def test_unknown_dataset(monkeypatch):
+    with pytest.raises(DataError, match="cifar10_dvs: training on event recordings is not built yet"):
+        load("cifar10_dvs", None)
     with pytest.raises(DataError, match="unknown dataset 'cifar'; allowed: cifar10, cifar100"):
         load("cifar", None)
     monkeypatch.delenv("BITSPIKE_DATA", raising=False)
