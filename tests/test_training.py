@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from bitspike.checkpoints import build, load_weights, resolved_spec, save_checkpoint
+from bitspike.checkpoints import build, load_weights, resolved_spec, save_checkpoint, start_run
 from bitspike.data import load
-from bitspike.layers import quantize_
+from bitspike.layers import quantize_, quantizers
 from bitspike.neurons import IELIF, LIF
 from bitspike.objectives import classification_loss, first_nonfinite, spike_costs, spike_penalty
 from bitspike.optimizers import Average, learning_rate, make_optimizer, parameter_groups
 from bitspike.papers import all_recipes, find_recipe
 from bitspike.recipe import Recipe, RecipeError, differences
 from bitspike.spec import QuantSpec, Scheme
-from bitspike.training import NonFinite, RunError, evaluate, load_run, normalise, read_metrics, train
+from bitspike.training import NonFinite, RunError, _working_model, evaluate, load_run, normalise, read_metrics, train
 
 
 class Net(nn.Module):
@@ -59,7 +59,23 @@ def test_override_parses_by_type():
 @pytest.mark.parametrize("key, text, message", [
     ("lrr", "1", r"no field 'lrr' \(nearest: 'lr'\)"),
     ("warmup_epoch", "1", r"nearest: 'warmup_epochs'"),
-    ("model", "x", "no field 'model'"),
+    ("model", "x", r"the field 'model' cannot be set by text\. .*model_options\.KEY=VALUE"),
+    ("model_options", "3", r"'model_options' cannot be set by text\. .*model_options\.KEY=VALUE"),
+    ("name", "x", r"'name' cannot be set by text\.$"),
+    ("model_options.levels", "4", r"model_options\.levels='4': allowed: a list, such as \[4, 4\]"),
+    ("distill", "1", "the recipe has no objective"),
+    ("teacher", "runs/a", "the recipe has no objective"),
+    *[(key, text, f"field {key}=.*: allowed: {allowed}") for key, values, allowed in [
+        ("lr", "nan inf 0 -1", "a finite number above 0"), ("epochs", "nan inf 0", "a finite number above 0"),
+        ("betas", "0.9 0.9,1 -1,0.5 0.9,0.9,0.9", "two numbers"), ("momentum", "1 -0.1 nan", "0 .* up to"),
+        ("label_smoothing", "1 -0.1", "0 .* up to"), ("random_erasing", "1.1 -1 nan", "0..1"),
+        ("workers", "-1", "an integer"), ("cutout", "-1", "an integer"), ("cutout", "29", "at most image_size=28"),
+        ("translate", "-1", "an integer"), ("translate", "28", "less than image_size=28"),
+        ("std", "0 -1 nan inf ,", "finite numbers above 0"), ("mean", "nan ,", "finite numbers"),
+        *[(name, "-1 nan inf", "a finite number of at least 0") for name in (
+            "weight_decay", "plain_lr", "scale_lr", "warmup_epochs", "warmup_lr", "min_lr", "grad_clip", "mixup", "cutmix",
+            "mixup_off_epoch", "spike_penalty", "distill")],
+    ] for text in values.split()],
     ("lr", "fast", r"field lr='fast': allowed: a number"),
     ("batch_size", "1.5", "a whole number"),
     ("batch_size", "0", "at least 1"),
@@ -329,6 +345,39 @@ def test_wrong_sizes(tmp_path, data):
         train(RECIPE, data, tmp_path / "a", overrides={"accumulate": "20", "mixup": "0.5"})
     with pytest.raises(ValueError, match="3800 training images are less than one batch of 5000"):
         train(RECIPE, data, tmp_path / "b", overrides={"batch_size": "5000"})
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"accumulate": "20", "mixup": "0.5"}, "must be a multiple"),
+    ({"rand_augment": "strong"}, "rand_augment='strong': allowed: what timm reads"),
+    ({"rand_augment": "rand-x3"}, "Unknown RandAugment"),
+    ({"model_options.levels": "[0, 4]"}, r"image_size=28, .*model_options=\{'levels': \(0, 4\)\}: ValueError: IELIF"),
+    ({"image_size": "8"}, "its model does not work with image_size=8, .*RuntimeError"),
+    ({"mean": "0.1,0.2,0.3"}, "its model does not work with image_size=28, 3 values in mean"),
+])
+def test_a_failed_start_does_not_claim_the_folder(tmp_path, data, wrong, message):
+    with pytest.raises(RecipeError, match=message):
+        train(RECIPE, data, tmp_path / "run", overrides={"epochs": "0.03", **wrong})
+    assert not (tmp_path / "run").exists()
+    train(RECIPE, data, tmp_path / "run", overrides={"epochs": "0.03"})
+
+
+def test_a_run_without_a_checkpoint_may_begin_again(tmp_path, data):
+    with pytest.raises(NonFinite, match="there is no checkpoint yet"):
+        train(RECIPE, data, tmp_path, overrides={"epochs": "0.03", "model_options.spoil": "nan"})
+    assert json.loads((tmp_path / "config.json").read_text())["overrides"]["model_options.spoil"] == "nan"
+    train(RECIPE, data, tmp_path, overrides={"epochs": "0.03"})
+    assert json.loads((tmp_path / "config.json").read_text())["overrides"] == {"epochs": "0.03"}
+    with pytest.raises(RunError, match="with other settings"):
+        train(RECIPE, data, tmp_path, overrides={"epochs": "0.06"})
+    with pytest.raises(RunError, match="another process has trained it in the meantime"):
+        start_run(tmp_path, RECIPE, {}, data.hash)
+
+
+def test_trying_the_model_leaves_it_fresh(data):
+    model, expected = _working_model(RECIPE, data), build(RECIPE)
+    assert not any(bool(quantizer.initialized) for _, quantizer in quantizers(model))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), expected.state_dict().values(), strict=True))
 
 
 # --------------------------------------------------------------------------------------------- checkpoints

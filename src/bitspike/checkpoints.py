@@ -88,6 +88,7 @@ def sole_trainer(run: Path, active: bool) -> Iterator[None]:
     if not active:
         yield
         return
+    run.mkdir(parents=True, exist_ok=True)
     with (run / "lock").open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would be inherited by the data workers
@@ -141,30 +142,36 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def open_run(run: Path, recipe: Recipe, overrides: Mapping[str, str], data_hash: str) -> Path | None:
-    """Make RUN, or check that it is a run of this very recipe; returns its checkpoint, if any.
+def open_run(run: Path, recipe: Recipe, data_hash: str) -> Path | None:
+    """The checkpoint that training goes on from, or None where it begins; writes nothing.
 
-    Errors: RunError saying what differs, or that the folder holds something else.
+    A folder without a checkpoint has nothing to lose: it may be begun again with other settings. Errors: RunError saying
+    what differs, or that the folder holds something else.
     """
-    if not run.exists() or not any(run.iterdir()):
-        run.mkdir(parents=True, exist_ok=True)
-        config: dict[str, Any] = {"recipe_name": recipe.name, "overrides": dict(overrides), "recipe": recipe.to_dict(),
-                  "data_hash": data_hash, "commit": _commit(), "versions": _versions()}
-        temporary = run / "config.json.new"
-        temporary.write_text(json.dumps(config, indent=1))
-        temporary.replace(run / "config.json")
+    if not run.exists() or {p.name for p in run.iterdir()} <= {"lock", "config.json.new"}:  # killed in its first moment
         return None
-    if sorted(p.name for p in run.iterdir()) == ["config.json.new"]:  # killed in its first moment
-        (run / "config.json.new").unlink()
-        return open_run(run, recipe, overrides, data_hash)
     stored = read_config(run)
+    folder = checkpoint_folder(run)
+    if folder is None:
+        return None
     different = differences(stored["recipe"], recipe.to_dict())
     if stored.get("data_hash") != data_hash:
         different.append(f"data: sha256 {str(stored.get('data_hash'))[:12]}... -> {data_hash[:12]}...")
     if different:
         raise RunError(f"{run} is a run of recipe {stored.get('recipe_name')!r} with other settings: "
                        f"{'; '.join(different)}. Choose another --out, or the same settings to go on.")
-    return checkpoint_folder(run)
+    return folder
+
+
+def start_run(run: Path, recipe: Recipe, overrides: Mapping[str, str], data_hash: str) -> None:
+    """Write RUN/config.json of a run that begins. Call it as the sole trainer. Errors: RunError if there is a checkpoint."""
+    if checkpoint_folder(run):  # trained by another process since `open_run`
+        raise RunError(f"{run}: another process has trained it in the meantime; the same command looks again.")
+    config: dict[str, Any] = {"recipe_name": recipe.name, "overrides": dict(overrides), "recipe": recipe.to_dict(),
+                              "data_hash": data_hash, "commit": _commit(), "versions": _versions()}
+    temporary = run / "config.json.new"
+    temporary.write_text(json.dumps(config, indent=1))
+    temporary.replace(run / "config.json")
 
 
 def load_run(path: Path | str, recipe: Recipe | None = None) -> tuple[nn.Module, Recipe]:

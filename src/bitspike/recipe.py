@@ -8,6 +8,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import sys
 import types
 import typing
@@ -115,19 +116,21 @@ class Recipe:
             allowed = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
             if allowed and getattr(self, name) not in allowed:
                 raise self._refuse(name, getattr(self, name), " | ".join(allowed))
-        for name in ("batch_size", "accumulate", "image_size", "validate_every"):
-            if getattr(self, name) < 1:
-                raise self._refuse(name, getattr(self, name), "an integer of at least 1")
-        if self.bits not in (1, 2, 3, 4, 5, 6, 7, 8, 32):
-            raise self._refuse("bits", self.bits, "1..8, or 32 for float weights")
+        for names, text, test in _RANGES:
+            for name in names.split():
+                if not test(getattr(self, name)):
+                    raise self._refuse(name, getattr(self, name), text)
         if self.batch_size % self.accumulate:
             raise self._refuse("accumulate", self.accumulate, f"a divisor of batch_size={self.batch_size}")
-        if not 0 <= self.ema < 1:
-            raise self._refuse("ema", self.ema, "0 (off) up to, not including, 1")
-        if not self.epochs > 0:
-            raise self._refuse("epochs", self.epochs, "a number above 0")
+        if self.translate >= self.image_size:
+            raise self._refuse("translate", self.translate, f"less than image_size={self.image_size}")
+        if self.cutout > self.image_size:
+            raise self._refuse("cutout", self.cutout, f"at most image_size={self.image_size}")
         if len(self.std) not in (1, len(self.mean)):
             raise self._refuse("std", self.std, f"one number or {len(self.mean)}, as mean has")
+        for name in ("distill", "teacher"):
+            if getattr(self, name) and self.objective is None:
+                raise self._refuse(name, getattr(self, name), "nothing here: the recipe has no objective that would use it")
 
     def _refuse(self, name: str, found: object, allowed: str) -> RecipeError:
         return RecipeError(f"recipe {self.name!r}, field {name}={found!r}: allowed: {allowed}.")
@@ -149,6 +152,9 @@ class Recipe:
                 changed[key] = None if text.lower() == "none" else self._read_spec(text)
             elif key in _types() and key not in ("name", "model", "model_options", "objective"):
                 changed[key] = self._parse(key, text, _types()[key])
+            elif key in _types():
+                hint = " Set one option of its model: model_options.KEY=VALUE." if key.startswith("model") else ""
+                raise RecipeError(f"recipe {self.name!r}: the field {key!r} cannot be set by text.{hint}")
             else:
                 known = [n for n in _types() if n not in ("name", "model", "objective")]
                 raise RecipeError(f"recipe {self.name!r} has no field {key!r}{_nearest(key, known)}.")
@@ -171,9 +177,12 @@ class Recipe:
         if isinstance(present, bool | int | float | str):
             return self._parse(f"model_options.{name}", text, type(present))
         try:
-            return _tuples(json.loads(text))
-        except json.JSONDecodeError:
-            return text
+            value = _tuples(json.loads(text))
+        except (json.JSONDecodeError, RecursionError):
+            value = text
+        if isinstance(present, list | tuple) and not isinstance(value, tuple):
+            raise self._refuse(f"model_options.{name}", text, f"a list, such as {json.dumps(present)}")
+        return value
 
     def _read_spec(self, path: str) -> QuantSpec:
         try:
@@ -220,6 +229,19 @@ class Recipe:
         return cls(**values)
 
 
+_RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("batch_size accumulate image_size validate_every", "an integer of at least 1", lambda v: v >= 1),
+    ("bits", "1..8, or 32 for float weights", lambda v: v in (*range(1, 9), 32)),
+    ("workers translate cutout", "an integer of at least 0", lambda v: v >= 0),
+    ("epochs lr", "a finite number above 0", lambda v: 0 < v < math.inf),
+    ("weight_decay plain_lr scale_lr warmup_epochs warmup_lr min_lr grad_clip mixup cutmix mixup_off_epoch spike_penalty "
+     "distill", "a finite number of at least 0", lambda v: 0 <= v < math.inf),
+    ("ema momentum label_smoothing", "0 (off) up to, not including, 1", lambda v: 0 <= v < 1),
+    ("random_erasing", "0..1", lambda v: 0 <= v <= 1),
+    ("betas", "two numbers, each 0 up to, not including, 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v)),
+    ("mean", "finite numbers, one a channel", lambda v: len(v) > 0 and all(map(math.isfinite, v))),
+    ("std", "finite numbers above 0", lambda v: len(v) > 0 and all(0 < s < math.inf for s in v)),
+)
 _DESCRIPTIVE = ("name", "workers", "validate_every", "claim", "cost", "notes")
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bitspike.checkpoints import (
     RunError,
     build,
+    checkpoint_folder,
     load_run,
     load_weights,
     open_run,
@@ -29,12 +30,14 @@ from bitspike.checkpoints import (
     resolved_spec,
     save_checkpoint,
     sole_trainer,
+    start_run,
 )
 from bitspike.data import Arrays, DataError, Dataset, Files, load
 from bitspike.data.loader import FileBatches
 from bitspike.data.pipeline import ArrayBatches, Augment, Batches, mix, seed_globals, seed_of
 from bitspike.evaluation import evaluate, normalise
 from bitspike.layers import quantizers
+from bitspike.models.published import PublishedWeightsError
 from bitspike.objectives import (
     NonFinite,
     SpikeCounts,
@@ -47,6 +50,7 @@ from bitspike.optimizers import Average, learning_rate, make_optimizer
 from bitspike.progress import Reporter, duration
 from bitspike.quantizers import Binary
 from bitspike.recipe import Recipe, RecipeError
+from bitspike.spec import SpecError
 
 __all__ = ["Interrupted", "NonFinite", "Recipe", "RecipeError", "RunError", "evaluate", "load_run", "normalise", "train"]
 
@@ -70,8 +74,7 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
     run = Path(out_dir)
     accelerator = _accelerator(recipe)
     data = data_dir if isinstance(data_dir, Dataset) else load(recipe.data, data_dir)
-    with accelerator.main_process_first():
-        folder = open_run(run, recipe, overrides or {}, data.hash)
+    folder = open_run(run, recipe, data.hash)
     state: dict[str, Any] = read_state(folder) if folder else {"step": 0, "finished": False, "seconds": 0.0}
     if state["finished"]:
         last = read_metrics(run)[-1]
@@ -80,7 +83,7 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
         return last
 
     # the model, its average, what it is trained with
-    model = build(recipe).to(accelerator.device)
+    model = _working_model(recipe, data).to(accelerator.device)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     spec = resolved_spec(model, recipe.quant_spec())
@@ -130,7 +133,10 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
     shown, on_cpu = average.model if average else bare, accelerator.device.type == "cpu"
     with (sole_trainer(run, accelerator.is_main_process), _signals() as caught, _exact(),
           Reporter(steps, state["step"], recipe.batch_size, accelerator.is_main_process, log_seconds) as report):
-        _cut_metrics(run, state["step"], accelerator.is_main_process)
+        if accelerator.is_main_process:
+            if folder is None:  # only now, when nothing but the training itself can fail
+                start_run(run, recipe, overrides or {}, data.hash)
+            _cut_metrics(run, state["step"])
         for step in range(state["step"], steps):
             began = time.monotonic()
             epoch = step // per_epoch
@@ -156,7 +162,7 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
                     if counts:
                         loss = loss + recipe.spike_penalty * spike_penalty(counts.take(), costs)
                     if on_cpu and not bool(torch.isfinite(loss)):  # before it spoils the weights
-                        raise _nonfinite(step, rate, bare, images, accelerator)
+                        raise _nonfinite(run, step, rate, bare, images, accelerator)
                     step_loss += loss.detach() / recipe.accumulate
                     accelerator.backward(loss)
                     if recipe.grad_clip and accelerator.sync_gradients:
@@ -176,7 +182,7 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
             unread.clear()
             bad = [done - len(losses) + i for i, value in enumerate(losses) if not math.isfinite(value)]
             if bad:
-                raise _nonfinite(bad[0], rate, bare, images, accelerator)
+                raise _nonfinite(run, bad[0], rate, bare, images, accelerator)
             epoch_loss += sum(losses)
             epoch_seconds += time.monotonic() - began
             if report.due():
@@ -229,9 +235,9 @@ def _append(run: Path, row: Mapping[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _cut_metrics(run: Path, step: int, main: bool) -> None:
+def _cut_metrics(run: Path, step: int) -> None:
     """Drop what was measured after the checkpoint: it will be measured again."""
-    if main and (run / "metrics.jsonl").is_file():
+    if (run / "metrics.jsonl").is_file():
         rows = [row for row in read_metrics(run) if row["step"] <= step and not row.get("final")]
         temporary = run / "metrics.jsonl.new"
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -266,8 +272,29 @@ def _batches(recipe: Recipe, data: Dataset) -> Batches:
     plain = recipe.crop == "whole" and not recipe.rand_augment
     if plain and isinstance(split, Arrays) and split.images.shape[-1] == recipe.image_size:
         return ArrayBatches(split, recipe.batch_size, recipe.seed, augment)
-    return FileBatches(split, recipe.batch_size, recipe.seed, augment, recipe.image_size, recipe.crop, recipe.rand_augment,
-                       recipe.workers)
+    try:
+        return FileBatches(split, recipe.batch_size, recipe.seed, augment, recipe.image_size, recipe.crop, recipe.rand_augment,
+                           recipe.workers)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        if not recipe.rand_augment:
+            raise
+        raise RecipeError(f"recipe {recipe.name!r}, field rand_augment={recipe.rand_augment!r}: allowed: what timm reads, such "
+                          f"as rand-m9-mstd0.5-inc1 ({error or type(error).__name__}).") from None
+
+
+def _working_model(recipe: Recipe, data: Dataset) -> nn.Module:
+    """The recipe's model, after a copy of it was shown one blank image. Errors: RecipeError if that fails."""
+    try:
+        model = build(recipe)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(model).eval()(_example(recipe, data, torch.device("cpu")))
+    except (DataError, PublishedWeightsError, RecipeError, RunError, SpecError):
+        raise
+    except Exception as error:  # whatever a model makes of sizes it is not meant for
+        raise RecipeError(f"recipe {recipe.name!r}: its model does not work with image_size={recipe.image_size}, "
+                          f"{len(recipe.mean)} values in mean and model_options={dict(recipe.model_options)}: "
+                          f"{type(error).__name__}: {error}.") from error
+    return model
 
 
 def _example(recipe: Recipe, data: Dataset, device: torch.device) -> Tensor:
@@ -294,11 +321,12 @@ def _any(caught: int, accelerator: Accelerator) -> int:
     return int(flag)
 
 
-def _nonfinite(step: int, rate: float, model: nn.Module, images: Tensor, accelerator: Accelerator) -> NonFinite:
+def _nonfinite(run: Path, step: int, rate: float, model: nn.Module, images: Tensor, accelerator: Accelerator) -> NonFinite:
+    kept = "the last checkpoint is whole" if checkpoint_folder(run) else "there is no checkpoint yet"
     with accelerator.autocast():
         culprit = first_nonfinite(model, images)
     return NonFinite(f"the loss is not finite in step {step} (learning rate {rate:.3g}); first module with an output that is "
-                     f"not finite: {culprit}. Lower lr, lengthen warmup_epochs or set grad_clip; the last checkpoint is whole.")
+                     f"not finite: {culprit}. Lower lr, lengthen warmup_epochs or set grad_clip; {kept}.")
 
 
 @contextmanager

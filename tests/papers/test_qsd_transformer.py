@@ -141,7 +141,7 @@ def test_distillation_teaches(monkeypatch):
     teacher, student = tiny_ann(), quantize_(tiny(), QuantSpec({"*": Scheme("lsq", 4)}))
     teacher(torch.randn(8, 3, 32, 32))
     monkeypatch.setattr(qsd, "load_run", lambda path: (teacher.eval(), None))
-    recipe = Recipe("x", tiny, teacher="runs/teacher", distill=0.5)
+    recipe = Recipe("x", tiny, teacher="runs/teacher", distill=0.5, objective=qsd.fine_grained_distillation)
 
     def rest(images, logits, targets):
         return logits.sum() * 0 + 3.0
