@@ -1,0 +1,97 @@
+"""Changes of events for training: pure functions of (events, what, numpy Generator). `DTYPE` [N] -> `DTYPE` [M], new array.
+
+Events that leave the sensor are dropped; the order of time is kept. Sizes are (height, width). The geometric ones are
+those of Li et al. 2022 (ECCV, "Neuromorphic data augmentation") on events instead of frames.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+from bitspike.data.events.core import EventError, join
+
+
+def _moved(data: np.ndarray, x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    inside = (x >= 0) & (x < size[1]) & (y >= 0) & (y < size[0])
+    out = data[inside]
+    out["x"], out["y"] = x[inside], y[inside]
+    return out
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise EventError(f"{name}={value}; allowed: 0..1.")
+
+
+def flip(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, probability: float = 0.5) -> np.ndarray:
+    """Mirror left and right, with that probability.
+
+    >>> from bitspike.data.events import events
+    >>> flip(events([0], [1], [2], [1]), (4, 10), np.random.default_rng(0), 1.0)["x"].tolist()
+    [8]
+    """
+    _check_share("probability", probability)
+    out = data.copy()
+    if random.random() < probability:
+        out["x"] = size[1] - 1 - data["x"].astype(np.int64)
+        return out[data["x"] < size[1]]
+    return out
+
+
+def roll(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, most: int = 5) -> np.ndarray:
+    """Shift by a whole number of pixels, -most..most in either direction; what leaves the sensor is dropped."""
+    if most < 0:
+        raise EventError(f"most={most}; allowed: 0 or more pixels.")
+    dx, dy = random.integers(-most, most + 1, 2)
+    return _moved(data, data["x"].astype(np.int64) + dx, data["y"].astype(np.int64) + dy, size)
+
+
+def rotate(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, degrees: float = 15.0) -> np.ndarray:
+    """Turn about the centre by an angle from -degrees..degrees, to the nearest pixel."""
+    angle = np.deg2rad(random.uniform(-abs(degrees), abs(degrees)))
+    cy, cx = (size[0] - 1) / 2, (size[1] - 1) / 2
+    x, y = data["x"] - cx, data["y"] - cy
+    return _moved(data, np.rint(np.cos(angle) * x - np.sin(angle) * y + cx).astype(np.int64),
+                  np.rint(np.sin(angle) * x + np.cos(angle) * y + cy).astype(np.int64), size)
+
+
+def cutout(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, side: int = 16) -> np.ndarray:
+    """Remove the events of a square of `side` pixels, centred anywhere on the sensor, for the whole recording."""
+    if side < 0:
+        raise EventError(f"side={side}; allowed: 0 or more pixels.")
+    top, left = int(random.integers(size[0])) - side // 2, int(random.integers(size[1])) - side // 2
+    x, y = data["x"].astype(np.int64), data["y"].astype(np.int64)
+    return data[(x < left) | (x >= left + side) | (y < top) | (y >= top + side)]
+
+
+def jitter_time(data: np.ndarray, random: np.random.Generator, std: float = 1000.0) -> np.ndarray:
+    """Gaussian noise of `std` microseconds on every timestamp; then in order of time again."""
+    if not std >= 0:
+        raise EventError(f"std={std}; allowed: 0 or more microseconds.")
+    out = data.copy()
+    out["t"] = data["t"] + np.rint(random.normal(0.0, std, len(data))).astype(np.int64)
+    return out[np.argsort(out["t"], kind="stable")]
+
+
+def drop(data: np.ndarray, random: np.random.Generator, share: float = 0.1) -> np.ndarray:
+    """Drop every event with that probability.
+
+    >>> from bitspike.data.events import events
+    >>> len(drop(events([0, 1], [0, 0], [0, 0], [0, 0]), np.random.default_rng(0), 1.0))
+    0
+    """
+    _check_share("share", share)
+    return data[random.random(len(data)) >= share]
+
+
+def mix(first: np.ndarray, second: np.ndarray, random: np.random.Generator, share: float = 0.5) -> np.ndarray:
+    """Both recordings over each other: a random `share` of the first, the rest's share of the second, as from time 0.
+
+    The target is mixed by the same share: share * target(first) + (1 - share) * target(second).
+    """
+    _check_share("share", share)
+    kept = [data[random.random(len(data)) < part] for data, part in ((first, share), (second, 1 - share))]
+    for out, data in zip(kept, (first, second), strict=True):
+        if len(data):
+            out["t"] -= data["t"].min()
+    both = join(kept)
+    return both[np.argsort(both["t"], kind="stable")]
