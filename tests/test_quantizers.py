@@ -67,6 +67,40 @@ def test_forward_is_codes_times_scale(name, shape):
         assert not scale.requires_grad
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_weights_of_another_dtype_keep_it(name, dtype):
+    for w in (weights(dtype=dtype), torch.zeros(5, 3, dtype=dtype)):
+        for quantizer in (ALL[name](), ALL[name]().to(dtype)):  # its own state in float32 and in the weights' dtype
+            leaf = w.clone().requires_grad_()
+            out = quantizer(leaf)
+            codes, scale = quantizer.codes(w)
+            assert out.dtype == scale.dtype == dtype
+            assert (scale > 0).all()
+            assert torch.equal(out.detach(), codes * shaped(scale, w))
+            assert set(codes.unique().tolist()) <= limits(quantizer)
+            out.sum().backward()
+            assert torch.isfinite(leaf.grad).all()
+            assert all(p.grad.dtype == p.dtype and torch.isfinite(p.grad).all() for p in quantizer.parameters())
+
+
+def test_max_scale_of_half_precision_stays_in_its_bits():
+    for seed in range(200):  # the quotient by a rounded scale may pass the largest code
+        w = weights((5, 4), seed, torch.bfloat16)
+        assert int(MaxScale(8).codes(w)[0].abs().max()) <= 127
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_autocast_quantizes_the_float32_weight(precision):
+    for name in SOME:
+        quantizer, w = ALL[name](), weights((5, 6))
+        expected = quantizer(w)
+        with torch.autocast("cpu", precision):
+            out = quantizer(w)
+        assert out.dtype == torch.float32
+        assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("name", SOME)
 @given(values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=10, max_size=10))
 @settings(max_examples=30)
@@ -247,6 +281,16 @@ def test_membrane_codes(bits, scale, tanh):
         codes, step = membrane.codes(value)
         assert torch.equal(membrane(value), codes * step)
         assert codes.abs().max() <= 2 ** (bits - 1) - 1
+
+
+@pytest.mark.parametrize("scale", ["running", "batch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_membrane_of_another_dtype(scale, dtype):
+    for u in (weights((3, 4), dtype=dtype), torch.zeros(3, 4, dtype=dtype)):
+        membrane = Membrane(4, scale).eval()
+        codes, step = membrane.codes(u)
+        assert membrane(u).dtype == dtype
+        assert torch.equal(membrane(u), codes * step)
 
 
 def test_membrane_does_not_depend_on_the_batch_in_evaluation():

@@ -1,7 +1,7 @@
 """Quantizers: each is an equation, a gradient, a paper, and `codes(w) -> (integers, scale)`.
 
-`forward(w) == integers * scale` exactly, in the dtype of w: rounding gradients are `autograd.Function`s, never the
-detach trick, which leaves values off the grid. "Per channel" is along the first axis of the weight.
+`forward(w) == integers * scale` exactly, and all three in the dtype of w: rounding gradients are `autograd.Function`s,
+never the detach trick, which leaves values off the grid. "Per channel" is along the first axis of the weight.
 """
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from bitspike import _train_kernels
 
 _SMALLEST = 1e-8  # floor of a learned step: below any weight worth coding, above the denormals
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """That floor in a dtype: float16 would round it to zero."""
+    return max(_SMALLEST, torch.finfo(dtype).tiny)
 
 
 def _over_channels(w: Tensor) -> tuple[int, ...]:
@@ -47,7 +52,7 @@ class _LSQ(torch.autograd.Function):
         done = _train_kernels.lsq_forward(w, scale, low, high, _SMALLEST)
         if done is not None:
             return done
-        step = _shaped(scale, w).clamp_min(_SMALLEST)
+        step = _shaped(scale, w).to(w.dtype).clamp_min(_smallest(w.dtype))
         return (w / step).round_().clamp_(low, high).mul_(step)
 
     @staticmethod
@@ -59,11 +64,12 @@ class _LSQ(torch.autograd.Function):
             done = _train_kernels.lsq_backward(w, scale, grads[0], low, high, _SMALLEST, grad_scale)
         if done is not None:
             return *done, None, None, None
-        v = w / _shaped(scale, w).clamp_min(_SMALLEST)
+        v = w / _shaped(scale, w).to(w.dtype).clamp_min(_smallest(w.dtype))
         inside = (v >= low) & (v <= high)
         slope = v.round().clamp_(low, high).sub_(v * inside)
         grad = grads[0] * slope
-        grad = grad.sum(_over_channels(w)) if scale.numel() > 1 else grad.sum().view(scale.shape)
+        of = scale.dtype  # summed up in it: half precision would keep three digits
+        grad = grad.sum(_over_channels(w), dtype=of) if scale.numel() > 1 else grad.sum(dtype=of).view(scale.shape)
         return grads[0] * inside, grad * grad_scale, None, None, None
 
 
@@ -112,8 +118,8 @@ class LSQ(Quantizer):
     def codes(self, w: Tensor) -> tuple[Tensor, Tensor]:
         if not self.initialized:
             self._initialize(w)
-        scale = self.scale.clamp_min(_SMALLEST)
-        return (w / _shaped(scale, w)).round_().clamp_(self.low, self.high).int(), scale.clone()
+        scale = self.scale.to(w.dtype).clamp_min(_smallest(w.dtype))
+        return (w / _shaped(scale, w)).round_().clamp_(self.low, self.high).int(), scale
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, channels={self.scale.numel()}"
@@ -146,7 +152,7 @@ class Uniform(Quantizer):
 
     def _step(self, w: Tensor) -> Tensor:
         mean = w.detach().abs().mean(_over_channels(w) if self.per_channel else tuple(range(w.dim()))).reshape(-1)
-        return (2 / math.sqrt(self.high) * mean).clamp_min(_SMALLEST)
+        return (2 / math.sqrt(self.high) * mean).clamp_min(_smallest(w.dtype))
 
     def forward(self, w: Tensor) -> Tensor:
         return _LSQ.apply(w, self._step(w), self.low, self.high, 1.0)  # type: ignore[no-any-return]
@@ -204,11 +210,11 @@ class PowerOfTwo(Quantizer):
         axes = _over_channels(w) if self.per_channel else tuple(range(w.dim()))
         if not self.levels:
             high = 2 ** (self.bits - 1) - 1
-            mean = w.abs().mean(axes).clamp_min(_SMALLEST).reshape(-1)
+            mean = w.abs().mean(axes).clamp_min(_smallest(w.dtype)).reshape(-1)
             scale = torch.exp2(torch.round(torch.log2(2 * mean / math.sqrt(high))))
             return (w / _shaped(scale, w)).round_().clamp_(-high, high).int(), scale
         lowest = 2 ** (self.bits - 1) - 2
-        top = w.abs().amax(axes).clamp_min(_SMALLEST).reshape(-1)
+        top = w.abs().amax(axes).clamp_min(_smallest(w.dtype)).reshape(-1)
         ratio = w.abs() / _shaped(top, w)
         exponent = torch.log2(ratio.clamp_min(1e-30)).round_().clamp_(-lowest, 0) + lowest
         codes = torch.where(ratio < 2.0 ** (-lowest - 0.5), 0, torch.sign(w) * torch.exp2(exponent))
@@ -252,9 +258,11 @@ class MaxScale(Quantizer):
 
     def _codes(self, w: Tensor) -> tuple[Tensor, Tensor]:
         axes = _over_channels(w) if self.per_channel else tuple(range(w.dim()))
-        top = (w.abs() if self.top == "absolute" else w).amax(axes).clamp_min(_SMALLEST).reshape(-1)
+        top = (w.abs() if self.top == "absolute" else w).amax(axes).clamp_min(_smallest(w.dtype)).reshape(-1)
         scale = top / self.high
-        return (w / _shaped(scale, w)).round_(), scale
+        # the quotient of half precision may round past the largest code
+        low = -self.high if self.top == "absolute" else None
+        return (w / _shaped(scale, w)).round_().clamp_(low, self.high), scale
 
     def forward(self, w: Tensor) -> Tensor:
         codes, scale = self._codes(w.detach())
@@ -331,12 +339,13 @@ class Binary(Quantizer):
         axes = _over_channels(w)
         centred = w - w.mean(axes, keepdim=True)
         std = centred.std(axes, keepdim=True, correction=min(1, w[0].numel() - 1))  # of a single weight: 0, not NaN
-        normal = centred / std.clamp_min(_SMALLEST)
+        normal = centred / std.clamp_min(_smallest(w.dtype))
         if self.scale == "none":
             return normal, torch.ones_like(w[:, 0].reshape(w.shape[0], -1)[:, 0]).detach()
         if self.scale == "mean":
-            return normal, centred.detach().abs().mean(axes).clamp_min(_SMALLEST)
-        return normal, torch.exp2(torch.round(torch.log2(normal.detach().abs().mean(axes).clamp_min(_SMALLEST))))
+            return normal, centred.detach().abs().mean(axes).clamp_min(_smallest(w.dtype))
+        mean = normal.detach().abs().mean(axes).clamp_min(_smallest(w.dtype))
+        return normal, torch.exp2(torch.round(torch.log2(mean)))
 
     def forward(self, w: Tensor) -> Tensor:
         normal, scale = self._normalise(w)
@@ -367,8 +376,9 @@ class Membrane(nn.Module):
     sample depends on its neighbours; "batch" (published): max|z| of this very batch, in evaluation too.
 
     Args: bits 2..8; scale "running" | "batch"; tanh (published True: it is applied at every step and bounds |u| < 1).
-    Deploys as: k-bit signed state of op `lif`. Source: Q-SNN (ACM MM 2024) section 3; released code has only "batch",
-    which gives NaN for an all-zero potential (here: zero) and cannot be deployed.
+    Deploys as: nothing yet, export refuses it; a k-bit signed state of op `lif` is what it is meant for.
+    Source: Q-SNN (ACM MM 2024) section 3; released code has only "batch", which gives NaN for an all-zero potential
+    (here: zero) and could not be deployed.
     """
 
     def __init__(self, bits: int = 8, scale: str = "running", tanh: bool = True, momentum: float = 0.1) -> None:
@@ -386,11 +396,11 @@ class Membrane(nn.Module):
         """a; `update` moves the running one."""
         top = z.detach().abs().amax()
         if self.scale == "batch":
-            return top.clamp_min(_SMALLEST)
+            return top.clamp_min(_smallest(z.dtype))
         if update or self.bound == 0:  # the first batch sets it, whatever the mode
             with torch.no_grad():
                 self.bound.copy_(top if self.bound == 0 else torch.lerp(self.bound, top.to(self.bound.dtype), self.momentum))
-        return self.bound.clamp_min(_SMALLEST).to(z.dtype)
+        return self.bound.to(z.dtype).clamp_min(_smallest(z.dtype))
 
     def forward(self, u: Tensor) -> Tensor:
         z = torch.tanh(u) if self.tanh else u
