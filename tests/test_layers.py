@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 
@@ -95,6 +96,31 @@ def test_twice_is_an_error(net):
         quantize_(net, QuantSpec({"*": Scheme("lsq", 4)}))
     assert quantizer_of(net.conv) is None
     quantize_(net, QuantSpec({"conv": Scheme("lsq", 4)}))  # the others still can be
+
+
+@pytest.mark.parametrize("foreign", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.weight_norm],
+                         ids=["parametrized", "hooked"])
+def test_weights_computed_by_something_else_are_refused(net, foreign):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the old weight_norm is deprecated
+        foreign(net.head)
+    with pytest.raises(SpecError, match="'head': its weight is no plain parameter but computed by something else"):
+        quantize_(net, QuantSpec({"*": Scheme("lsq", 4)}))
+    assert quantizer_of(net.conv) is None
+
+
+def test_lazy_layers_are_refused_until_they_have_a_shape():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(2))
+    with pytest.raises(SpecError, match="'0' is a LazyConv2d without a shape yet; run one forward first"):
+        quantize_(model, QuantSpec({"*": Scheme("lsq", 4)}))
+    model(IMAGE)
+    assert len(list(quantizers(quantize_(model, QuantSpec({"*": Scheme("lsq", 4)}))))) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_model_of_another_dtype(net, dtype):
+    quantize_(net.to(dtype), QuantSpec({"*": Scheme("lsq", 4)}))
+    assert net(IMAGE.to(dtype)).dtype == dtype
 
 
 def test_attaching_does_not_initialise(net):

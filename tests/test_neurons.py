@@ -223,6 +223,11 @@ def test_ielif_keeps_one_bit_per_element():
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: LIF(decay=2), "decay=2"), (lambda: LIF(threshold=0), "threshold=0"), (lambda: LIF(reset="soff"), "'soff'"),
+    (lambda: IELIF(2.5), "levels=2.5; allowed: integers"), (lambda: IELIF(4, scale=0.0), "scale=0.0"),
+    (lambda: IELIF(4, scale=-1.0), "scale=-1.0"),
+    (lambda: LIF()(torch.zeros(0, 2)), r"LIF: input of shape \(0, 2\) has no time"),
+    (lambda: IELIF(4)(torch.zeros(0, 2)), "has no time"),
+    (lambda: IELIF(4, decay=0.5)(torch.zeros(0, 2)), "has no time"),
     (lambda: IELIF(0), "levels=0"), (lambda: IELIF(256), "levels=256"), (lambda: IELIF(4, gain=-1), "gain=-1"),
     (lambda: IELIF(4, decay=1.5), "decay=1.5"),
 ])

@@ -44,7 +44,8 @@ def test_membrane_rules_are_apart():
 
 
 def test_a_rule_that_matches_nothing_names_the_nearest():
-    with pytest.raises(SpecError, match=r"'haed' matches no layer \(nearest: 'head'\). 2 layers .*stem, head.*bitspike layers"):
+    with pytest.raises(SpecError, match=r"'haed' matches no layer \(nearest: 'head'\). 2 layers .*stem, head.*"
+                                        r"bitspike layers RECIPE.*bitspike\.layers\.quantizable\(model\)"):
         QuantSpec({"haed": Scheme("lsq", 4)}).resolve(["stem", "head"])
     with pytest.raises(SpecError, match="0 layers"):
         QuantSpec({"*": Scheme("lsq", 4)}).resolve([])

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from bitspike.neurons import LIF
@@ -47,7 +48,8 @@ def quantize_(model: nn.Module, spec: QuantSpec) -> nn.Module:
 
     Works on every `nn.Conv1d`, `nn.Conv2d` and `nn.Linear`, whoever wrote the model; a "membrane" rule goes to `LIF`
     neurons. `Scheme("full")` and layers without a rule are left alone. Errors: SpecError for a rule that matches
-    nothing or a layer that is already quantized (then nothing is changed).
+    nothing, a layer that is already quantized or otherwise parametrized, a lazy layer without its shape (then nothing is
+    changed).
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
     >>> _ = quantize_(net, QuantSpec({"*": Scheme("lsq", 4), "1": Scheme("full")}))
@@ -58,8 +60,15 @@ def quantize_(model: nn.Module, spec: QuantSpec) -> nn.Module:
     weights = {name: scheme for name, scheme in spec.resolve(layers).items() if scheme.kind != "full"}
     membranes = spec.resolve(neurons, membrane=True)
     for name in weights:
-        if parametrize.is_parametrized(layers[name], "weight"):
+        layer = layers[name]
+        if quantizer_of(layer) is not None:
             raise SpecError(f"layer {name!r} is already quantized; call quantize_ once, on the full-precision model.")
+        if "weight" not in layer._parameters:  # weight_norm, spectral_norm, pruning
+            raise SpecError(f"layer {name!r}: its weight is no plain parameter but computed by something else, such as "
+                            "weight_norm; make that permanent before quantize_ (torch.nn.utils.parametrize."
+                            "remove_parametrizations, remove_weight_norm or prune.remove).")
+        if isinstance(layer.weight, UninitializedParameter):
+            raise SpecError(f"layer {name!r} is a {type(layer).__name__} without a shape yet; run one forward first.")
     for name, scheme in weights.items():
         layer = layers[name]
         weight = latent_weight(layer)

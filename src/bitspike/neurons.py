@@ -24,6 +24,12 @@ def timewise(module: Any, x_TBX: Tensor) -> Tensor:
     return module(x_TBX.flatten(0, 1)).unflatten(0, (T, B))
 
 
+def _check_time(neuron: nn.Module, x_TBX: Tensor) -> None:
+    if x_TBX.shape[0] == 0:
+        raise ValueError(f"{type(neuron).__name__}: input of shape {tuple(x_TBX.shape)} has no time step; T, the first axis, "
+                         "must be at least 1.")
+
+
 # ------------------------------------------------------------------------------------------ packed masks
 def pack_mask(mask: Tensor) -> Tensor:
     """Boolean mask of n elements -> uint8 of ceil(n / 8): one bit each, for the backward pass.
@@ -191,6 +197,7 @@ class LIF(nn.Module):
         return s, v if self.membrane is None else self.membrane(v)
 
     def forward(self, x_TBX: Tensor) -> Tensor:
+        _check_time(self, x_TBX)
         v = torch.zeros_like(x_TBX[0])
         spikes = []
         for x in x_TBX:
@@ -250,8 +257,8 @@ class IELIF(nn.Module):
     Args: levels D; gain, the counts that a potential of 1 gives (default D, as published: the potential saturates at
     1; a gain of D/2 lets it use the range 0..2); scale, the value of one count (default 1/gain; the published
     attention neuron has D = gain = 4, scale = 1/2); decay, None for the stateless published form.
-    Shapes: `x_TBCHW` -> same shape, values {0, .., D} * scale. Errors: ValueError for levels outside 1..255, a gain that
-    is not positive, a decay outside 0..1.
+    Shapes: `x_TBCHW` -> same shape, values {0, .., D} * scale. Errors: ValueError for levels outside 1..255, a gain or
+    scale that is not positive, a decay outside 0..1, an input without time steps.
     Deploys as: op `quantize` (multiply by gain, clip to 0..D) or, with carry-over, op `ielif`; `binary_steps` gives the D
     binary steps whose sum is the count. Source: QSD-Transformer (ICLR 2025) section 4.2 and its released code, which
     fixes D = gain = 4 and has no carry-over; the carry-over is that of Spike-driven Transformer v3.
@@ -263,8 +270,8 @@ class IELIF(nn.Module):
     def __init__(self, levels: int = 4, gain: float | None = None, scale: float | None = None,
                  decay: float | None = None) -> None:
         super().__init__()
-        if not 1 <= levels <= 255:
-            raise ValueError(f"IELIF: levels={levels}; allowed: 1..255 (a count must fit one byte).")
+        if not isinstance(levels, int) or not 1 <= levels <= 255:
+            raise ValueError(f"IELIF: levels={levels}; allowed: integers 1..255 (a count must fit one byte).")
         if decay is not None and not 0 <= decay <= 1:
             raise ValueError(f"IELIF: decay={decay}; allowed: None (no carry-over) or 0..1.")
         self.levels = levels
@@ -272,6 +279,8 @@ class IELIF(nn.Module):
         if not self.gain > 0:
             raise ValueError(f"IELIF: gain={gain}; it must be positive.")
         self.scale = 1.0 / self.gain if scale is None else scale
+        if not self.scale > 0:
+            raise ValueError(f"IELIF: scale={scale}; it must be positive.")
         self.decay = decay
 
     def step(self, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,6 +290,7 @@ class IELIF(nn.Module):
         return ielif_step(v, x, levels=self.levels, gain=self.gain, scale=self.scale, decay=self.decay)
 
     def forward(self, x_TBX: Tensor) -> Tensor:
+        _check_time(self, x_TBX)
         if self.decay is None or x_TBX.shape[0] == 1:  # from rest the first step is the stateless one
             return _Count.apply(x_TBX, self.levels, self.gain, self.scale)  # type: ignore[no-any-return]
         v = torch.zeros_like(x_TBX[0])

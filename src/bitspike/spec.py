@@ -141,8 +141,8 @@ class QuantSpec:
                 what = "neurons take a membrane scheme" if membrane else "layers can be quantized"
                 sample = ", ".join(names[:1] + names[-1:] if len(names) > 1 else names)
                 raise SpecError(f"rule {pattern!r} matches no layer{_nearest(pattern, names)}. {len(names)} {what}"
-                                f"{', for example: ' + sample if names else ''}. "
-                                "List them with 'bitspike layers RECIPE'.")
+                                f"{', for example: ' + sample if names else ''}. List them with 'bitspike layers RECIPE' or "
+                                f"bitspike.layers.{'neurons_with_membrane' if membrane else 'quantizable'}(model).")
             found.update((name, scheme) for name in hits)
         return found
 
