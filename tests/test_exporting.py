@@ -247,15 +247,16 @@ def test_full_precision_can_be_forbidden(tmp_path: Path) -> None:
         export(Net(lambda n, x: end(n, n.conv2(x))), tmp_path / "a.bitspike", allow_float=False)
 
 
-def test_too_little_agreement_leaves_no_file_and_an_older_one_alone(tmp_path: Path) -> None:
+def test_too_little_agreement_leaves_no_file_and_an_older_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitspike.exporting.export._compare", lambda *_: (0.98, 1.0))
     net = prepared(Net(lambda n, x: end(n, n.conv2(x))))
     target = tmp_path / "a.bitspike"
     with pytest.raises(ExportError, match=r"agrees with the torch model on .* of 32 pictures .* nothing was written"):
-        export(net, target, min_agreement=1.01)
+        export(net, target, min_agreement=0.99)
     assert not list(tmp_path.iterdir())
     target.write_bytes(b"older")
     with pytest.raises(ExportError):
-        export(net, target, min_agreement=1.01)
+        export(net, target, min_agreement=0.99)
     assert target.read_bytes() == b"older" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -266,6 +267,10 @@ def test_too_little_agreement_leaves_no_file_and_an_older_one_alone(tmp_path: Pa
     ({"mean": [0.5]}, "must be 3 numbers each"),
     ({"std": [0.5, 0.5, 0.0]}, "std positive"),
     ({"classes": ["one"]}, "with 1 class names"),
+    ({"classes": [0, 1, 2, 3]}, r"classes must be a list of texts.*\[0, 1, 2, 3\]"),
+    ({"classes": "abcd"}, "classes must be a list of texts"),
+    ({"min_agreement": 99}, "min_agreement=99"),
+    ({"min_agreement": float("nan")}, "min_agreement=nan"),
     ({"time_steps": 2}, "runs 1 time steps, time_steps=2"),
 ])
 def test_arguments_that_cannot_be_meant_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -290,14 +295,15 @@ def test_the_file_tells_what_it_is(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     header = artifact.read(tmp_path / "a.bitspike").header
     assert header["provenance"] == {"recipe": "test", "agreement": {
-        "top1": report.agreement, "largest_logit_difference": report.largest_difference, "samples": 20}}
+        "top1": report.agreement, "largest_logit_difference": report.largest_difference, "samples": 20,
+        "with": "torch, float32"}}
     assert header["fraction_bits"] == report.fraction_bits
     rows = explain(tmp_path / "a.bitspike")
     assert [(row["op"], row["layer"]) for row in rows] == [
         ("conv", "conv"), ("quantize", "neuron"), ("conv", "conv2"), ("affine", ""), ("add", ""), ("quantize", "neuron2"),
         ("mean", ""), ("quantize", ""), ("conv", "head")] or rows[0]["layer"] == "conv"
     assert sum(row["weights"] for row in rows) == report.weights == 3 * 54 + 6 * 54 + 24
-    assert "agreement with the torch model" in str(report)
+    assert "agreement with the torch model in float32" in str(report)
 
 
 def test_equal_tensors_are_stored_once(tmp_path: Path) -> None:

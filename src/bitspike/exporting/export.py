@@ -33,7 +33,8 @@ Pixels = NDArray[np.uint8]
 class ExportReport:
     """What was written and how well it agrees with the model. `str(report)` is a text for people.
 
-    bytes: of the file. agreement: share of `samples` pictures with the same top-1 class. largest_difference: of a logit.
+    bytes: of the file. agreement: share of `samples` pictures with the same top-1 class as torch in float32 (whatever
+    precision it was trained in). largest_difference: of a logit.
     operations: number of each operation. layers: every matrix product. notes: what was approximated, and where.
     """
 
@@ -57,8 +58,8 @@ class ExportReport:
         floats = [layer.name for layer in self.layers if layer.from_float]
         lines = [f"{self.path}: {self.bytes:,} bytes, {self.weights:,} weights in {len(self.layers)} layers "
                  f"(inputs: {', '.join(f'{n} {kind}' for kind, n in sorted(inputs.items()))})",
-                 f"agreement with the torch model: {self.agreement:.2%} of {self.samples} pictures, largest logit difference "
-                 f"{self.largest_difference:.2g}; potentials have {self.fraction_bits} fraction bits"]
+                 f"agreement with the torch model in float32: {self.agreement:.2%} of {self.samples} pictures, "
+                 f"largest logit difference {self.largest_difference:.2g}; potentials have {self.fraction_bits} fraction bits"]
         if floats:
             more = f", ... ({len(floats) - 4} more)" if len(floats) > 4 else ""
             lines.append(f"full-precision layers, deployed with 8 bits: {', '.join(floats[:4])}{more}")
@@ -160,7 +161,7 @@ def export_model(model: nn.Module, path: str | os.PathLike[str], *, mean: Sequen
         classes: one name per logit. name: free text, usually the recipe.
         calibration_images: uint8 [N, H, W, C]; they set the ranges of 8-bit inner activations and of the potentials. Some
             hundred pictures of the training set are enough.
-        time_steps: T of the model. provenance: free JSON object, stored; the measured agreement is added to it.
+        time_steps: T of the model. provenance: free JSON object, stored; the measured agreement with torch in float32 is added.
         min_agreement: smallest share of pictures with the same top-1 class; 0 switches the refusal off.
         check_images: pictures to compare on, default the calibration pictures; use 256 or more.
         allow_float: full-precision layers become 8-bit codes; False: they are an error.
@@ -183,6 +184,10 @@ def export_model(model: nn.Module, path: str | os.PathLike[str], *, mean: Sequen
     if stds.size == 1 and means.ndim == 1:
         stds = np.broadcast_to(stds, means.shape)
     shape = (height, width, channels)
+    if isinstance(classes, str) or not all(isinstance(label, str) for label in classes):
+        raise ExportError(f"classes must be a list of texts, one name per logit; found {classes!r:.200}.")
+    if not 0 <= min_agreement <= 1:
+        raise ExportError(f"min_agreement={min_agreement}: a share of 0..1 is needed, 0.99 for 99 %.")
     check = calibration_images if check_images is None else check_images
     _check_arguments(calibration_images, means, stds, shape)
     _check_arguments(check, means, stds, shape)
@@ -207,7 +212,8 @@ def export_model(model: nn.Module, path: str | os.PathLike[str], *, mean: Sequen
                     f"logit difference {largest:.3g}); {min_agreement:.2%} are asked for, so nothing was written. Calibrate "
                     "on more or more typical pictures, put neurons in front of layers with real-valued inputs, or pass a "
                     f"smaller min_agreement.{''.join(' ' + note + '.' for note in notes)}")
-            header["provenance"]["agreement"] = {"top1": agreement, "largest_logit_difference": largest, "samples": len(check)}
+            header["provenance"]["agreement"] = {"top1": agreement, "largest_logit_difference": largest, "samples": len(check),
+                                                 "with": "torch, float32"}
             artifact.write(target, header, tensors)
         finally:
             draft.unlink(missing_ok=True)
