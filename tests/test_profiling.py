@@ -113,6 +113,12 @@ def test_published_energy_of_the_15m_model():
     assert sum(cost.literature_pj(op) for op in layers) / 1e9 == pytest.approx(3.2, abs=0.3)
 
 
+def test_statistics_are_of_spikes_only(tiny):
+    rows = {row["layer"]: row for row in tiny.to_dict()["layers"]}
+    assert {name for name, row in rows.items() if row["mean_count"] is None} == {"stem", "depthwise", "head"}
+    assert all((row["mean_count"] is None) == (row["density"] is None) for row in rows.values())
+
+
 def test_forms(tiny):
     data = json.loads(json.dumps(tiny.to_dict()))
     assert data["totals"]["packed_bytes"] == sum(row["packed_bytes"] for row in data["layers"])

@@ -22,6 +22,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= 120 else text[:120] + "..."
 
 
+def printable(text: str) -> str:
+    r"""A text of a file without the characters that could command a terminal.
+
+    >>> printable("cat \x1b[31m\u202e")
+    'cat [31m'
+    """
+    return "".join(c for c in text if c.isprintable())
+
+
 class Fields:
     """The keys of one JSON object; `done()` complains about keys that nobody asked for."""
 

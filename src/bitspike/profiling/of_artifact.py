@@ -145,6 +145,6 @@ def profile_artifact(net: Net, images: NDArray[np.uint8], *, file_bytes: int | N
         elif op.name == "attention":
             layers += _attention(op, net, counts)
     residuals, states = _potentials(net)
-    used = threads or os.cpu_count() or 1
+    used = int(threads or os.cpu_count() or 1)
     return Report(net.header["name"], "artifact", tuple(layers), len(images), spikes / max(1.0, neurons), tuple(residuals),
                   tuple(states), file_bytes, milliseconds(lambda: net(images, used), len(images)), kernels.active(), used)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from bitspike import cost
 from bitspike.cost import Energy, Operation
+from bitspike.deploy.fields import printable
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Report:
     spikes_per_neuron: mean count of all neurons over the whole sequence; residuals, states: (bytes moved, bytes
     held) of each potential that is written and read again for one image: the residual stream, which a conventional network has
     too, and the state of neurons between time steps; file_bytes: on disk (artifact); ms_per_image: measured, with
-    `instructions` and `threads`.
+    `instructions` and `threads`. Layers whose input is no spikes (pictures, real values) have no mean count and no density:
+    torch sees normalised numbers there, a file 8-bit codes.
     """
 
     name: str
@@ -92,9 +94,11 @@ class Report:
     # ------------------------------------------------------------------------------------------- forms
     def row(self, op: Operation) -> dict[str, Any]:
         """One layer as plain data."""
+        spikes = op.kind not in (cost.FIRST, cost.DENSE)
         return {"layer": op.name, "kind": op.kind, "shape": list(op.shape), "weight_bits": op.weight_bits,
                 "weights": op.weights, "packed_bytes": op.packed_bytes, "macs": op.macs, "steps": op.steps,
-                "input_levels": op.levels, "mean_count": op.mean_count, "density": op.density,
+                "input_levels": op.levels, "mean_count": op.mean_count if spikes else None,
+                "density": op.density if spikes else None,
                 "synaptic_ops": op.synaptic_ops, "literature_pj": cost.literature_pj(op),
                 "bit_aware_pj": cost.bit_aware(op, self.weight_bytes).total_pj,
                 "quantized_ann_pj": cost.quantized_ann(op, self.weight_bytes).total_pj}
@@ -119,16 +123,17 @@ class Report:
         return Group(self._table(), self._summary(), Text("\n".join(_constants()), style="dim"))
 
     def _table(self) -> Table:
-        table = Table(title=f"{self.name} ({self.source}, per image, mean of {self.images})", title_justify="left")
+        title = printable(f"{self.name} ({self.source}, per image, mean of {self.images})")
+        table = Table(title=Text(title), title_justify="left")
         for heading in ("layer", "kind", "weight"):
             table.add_column(heading, no_wrap=True)
         for heading in ("bits", "bytes", "MACs", "T", "count", "density", "syn. ops", "lit. nJ", "bit-aware nJ", "ANN nJ"):
             table.add_column(heading, justify="right", no_wrap=True)
         for op in self.layers:
             row = self.row(op)
-            table.add_row(op.name, op.kind, "x".join(map(str, op.shape)), str(op.weight_bits), f"{op.packed_bytes:,}",
-                          quantity(op.macs), str(op.steps), f"{op.mean_count:.3f}", f"{op.density:.1%}",
-                          quantity(op.synaptic_ops), *(f"{row[k] / 1e3:,.1f}" for k in (
+            table.add_row(Text(printable(op.name)), op.kind, "x".join(map(str, op.shape)), str(op.weight_bits),
+                          f"{op.packed_bytes:,}", quantity(op.macs), str(op.steps), _or_none(row["mean_count"], ".3f"),
+                          _or_none(row["density"], ".1%"), quantity(op.synaptic_ops), *(f"{row[k] / 1e3:,.1f}" for k in (
                               "literature_pj", "bit_aware_pj", "quantized_ann_pj")))
         return table
 
@@ -155,6 +160,10 @@ class Report:
         for left, right in rows:
             table.add_row(left, right)
         return table
+
+
+def _or_none(number: float | None, form: str) -> str:
+    return "n/a" if number is None else format(number, form)
 
 
 def quantity(number: float) -> str:
