@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,7 @@ from bitspike import cli
 from bitspike.deploy import artifact
 
 
-@pytest.fixture(scope="session")
-def colours(tmp_path_factory):
+def write_colours(path, **header):
     """An artifact whose logits are the mean of the red, green and blue pixels."""
     tensors = {"w": artifact.pack_codes(np.eye(3, dtype=int).reshape(3, 1, 1, 3), {"kind": "uniform", "bits": 2}),
                "m": np.full(3, 256, np.int32), "b": np.zeros(3, np.int32)}
@@ -27,10 +27,14 @@ def colours(tmp_path_factory):
         {"op": "mean", "in": ["x"], "out": "logits", "over": "space", "m": 1}]
     header = {"name": "mean colour", "input": {"height": 4, "width": 4, "channels": 3, "resize": None},
               "classes": ["red", "green", "blue"], "time_steps": 1, "fraction_bits": 8, "program": program,
-              "output": "logits", "provenance": {}}
-    path = tmp_path_factory.mktemp("artifact") / "colours.bitspike"
+              "output": "logits", "provenance": {}} | header
     artifact.write(path, header, tensors)
     return path
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory):
+    return write_colours(tmp_path_factory.mktemp("artifact") / "colours.bitspike")
 
 
 @pytest.fixture
@@ -53,6 +57,22 @@ def test_run_file_and_folder(colours, photos, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and "a.png: green 100.0%" in lines[0] and "b.jpg: blue" in lines[1]
     assert all(line.count("%") == 2 for line in lines)
+
+
+def test_run_leaves_hidden_files_alone(colours, photos, capsys):
+    (photos / "._a.png").write_bytes(b"what macOS leaves on other disks")
+    assert call("run", colours, photos) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_file_cannot_command_the_terminal(photos, tmp_path, capsys):
+    file = write_colours(tmp_path / "evil.bitspike", name="\x1b[2Jnet", classes=["a\x1b[31m", "b\r\n\x07", "c\u202e"])
+    assert call("run", file, photos / "a.png") == 0
+    assert call("profile", file, "--images", 1) == 0
+    out = capsys.readouterr().out
+    assert not set(out) & set("\x1b\r\x07\u202e") and "b 100.0%" in out and "[2Jnet" in out
+    assert call("run", file, photos / "a.png", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["top"][0]["class"] == "b\r\n\x07"
 
 
 def test_run_json(colours, photos, capsys):
@@ -105,6 +125,40 @@ def test_wrong_usage(arguments, says, capsys):
         assert code == 2 and says in streams.err and "Traceback" not in streams.err
 
 
+# -------------------------------------------------------------------------------------------- output paths
+@pytest.mark.parametrize("arguments", [
+    ("train", "demo.float", "--out", "a_file"), ("train", "demo.float", "--out", "a_file/run"), ("demo", "--out", "a_file"),
+    ("export", "demo.float", "-o", "a_folder"), ("export", "demo.float", "-o", "a_file/x.bitspike"),
+    ("eval", "missing.bitspike", "--json", "a_folder"), ("profile", "missing.bitspike", "--json", "a_file/x.json")])
+def test_output_paths_are_checked_before_the_work(arguments, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("mine")
+    (tmp_path / "a_folder").mkdir()
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {'--output' if arguments[-2] == '-o' else arguments[-2]} a_")
+    assert error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a_file", "a_folder"] and not list((tmp_path / "a_folder").iterdir())
+
+
+def test_the_result_is_printed_though_json_cannot_be_written(colours, monkeypatch, capsys):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("bitspike.cli.desk.write_json", full)
+    assert call("profile", colours, "--images", 1, "--json", "x.json") == 2
+    streams = capsys.readouterr()
+    assert "spikes per neuron" in streams.out and "no space left" in streams.err
+
+
+@pytest.mark.parametrize("share", ["99", "-0.1", "nan"])
+def test_a_share_is_between_0_and_1(share, tmp_path, capsys):
+    pytest.importorskip("torch")
+    assert call("export", "demo.float", "-o", tmp_path / "x.bitspike", "--min-agreement", share) == 2
+    assert "0..1" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------ without torch
 def test_run_and_profile_need_no_torch(colours, photos, tmp_path):
     code = (f"import sys; sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'timm', 'accelerate', 'safetensors']))\n"
@@ -138,7 +192,8 @@ def test_module_entry(colours, photos):
 def test_recipes_and_layers(capsys):
     pytest.importorskip("torch")
     assert call("recipes") == 0
-    assert "demo.four_bit" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "demo.four_bit" in text and "\u2026" not in text
     assert call("layers", "demo.four_bit") == 0
     text = capsys.readouterr().out
     assert "LSQ, 4 bits" in text and "IELIF(levels=4" in text and "groups.0.conv" in text
@@ -212,6 +267,46 @@ def test_profile_of_run_file_and_recipe(trained, tmp_path, capsys):
     assert totals["file"]["bit_aware"]["total_pj"] == pytest.approx(totals["run"]["bit_aware"]["total_pj"], rel=0.05)
 
 
+def test_first_layers_of_run_and_file_are_told_alike(trained, tmp_path, capsys):
+    folder, _ = trained
+    for name in ("four_bit", "four_bit.bitspike"):
+        assert call("profile", folder / name, "--images", 2, "--json", tmp_path / "x.json") == 0
+        first = json.loads((tmp_path / "x.json").read_text())["layers"][0]
+        assert first["kind"] == "first layer" and first["mean_count"] is None and first["density"] is None
+        assert "n/a" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["four_bit", "four_bit.bitspike"])
+def test_pictures_that_were_trained_on_are_told(name, trained, capsys):
+    folder, _ = trained
+    assert call("eval", folder / name, "--split", "val") == 0
+    error = capsys.readouterr().err
+    assert error.startswith("warning: ") and "trained on train+val" in error
+    assert call("eval", folder / name) == 0
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data,says", [("cifar10", "does not exist"), ("no_such_set", "unknown dataset")])
+def test_profile_of_a_file_goes_on_without_its_data(data, says, tmp_path, capsys):
+    pytest.importorskip("torch")
+    file = write_colours(tmp_path / "a.bitspike", provenance={"data": data})
+    assert call("profile", file, "--images", 1, "--data", tmp_path / "none") == 0
+    out = capsys.readouterr().out
+    assert "embedded Fashion-MNIST sample" in out and says in out
+
+
+def test_warnings_are_one_line(colours, monkeypatch, capsys):
+    def load(_):
+        warnings.warn("the MD5\ndiffers", stacklevel=1)
+        raise FileNotFoundError("gone")
+
+    monkeypatch.setattr("bitspike.deploy.load", load)
+    before = warnings.showwarning
+    assert call("run", colours, "x.png") == 2
+    assert capsys.readouterr().err == "warning: the MD5 differs\nerror: gone\n"
+    assert warnings.showwarning is before
+
+
 def test_train_goes_on_or_refuses(trained, capsys):
     folder, _ = trained
     assert call("train", "demo.float", "--out", folder / "float", "--set", "epochs=0.3") == 0
@@ -224,7 +319,7 @@ def test_export(trained, tmp_path, capsys):
     folder, _ = trained
     target = tmp_path / "new" / "net.bitspike"
     assert call("export", folder / "four_bit", "-o", target, "--min-agreement", "0.9") == 0
-    assert "agreement with the torch model" in capsys.readouterr().out
+    assert "agreement with the torch model in float32" in capsys.readouterr().out
     assert artifact.read(target).header["provenance"]["recipe"] == "demo.four_bit"
     assert call("export", target, "-o", tmp_path / "again.bitspike") == 2
     assert "already" in capsys.readouterr().err

@@ -4,15 +4,16 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cyclopts import App, CycloptsError
-from rich.console import Console
-from rich.text import Text
 
 import bitspike
 from bitspike.cli import desk, device
+from bitspike.cli.messages import complain, warn
 from bitspike.extras import explain
 
 ERROR, INTERRUPTED = 2, 1
@@ -44,22 +45,27 @@ def _message(error: BaseException) -> str | None:
     return None
 
 
-def _complain(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), (text, "red")))
-
-
 def call(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for an error (one message on stderr), 1 when interrupted.
 
     BITSPIKE_DEBUG=1 shows tracebacks. A training that was interrupted, but saved, keeps its own code, 128 + signal.
     """
+    show = warnings.showwarning
+
+    def one_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, UserWarning):
+            warn(str(message))
+        else:
+            show(message, category, *place, **more)
+
+    warnings.showwarning = one_line
     try:
         result = app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        _complain(str(error))
+        complain(str(error))
         return ERROR
     except KeyboardInterrupt:
-        _complain("interrupted")
+        complain("interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # `bitspike ... | head`
         sys.stderr.close()
@@ -68,8 +74,10 @@ def call(arguments: Sequence[str] | None = None) -> int:
         text = _message(error)
         if text is None or os.environ.get("BITSPIKE_DEBUG", "0") not in ("", "0"):
             raise
-        _complain(text)
+        complain(text)
         return ERROR
+    finally:
+        warnings.showwarning = show
     return result if isinstance(result, int) else 0
 
 

@@ -1,13 +1,15 @@
 """The commands that want torch: train, eval, export, profile, layers, recipes, demo. Each imports it when called."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
+
+from bitspike.cli.messages import warn
+from bitspike.cli.outputs import check_file, check_folder, write_json
 
 Data = Annotated[Path | None, Parameter(name="--data", env_var="BITSPIKE_DATA")]
 Settings = Annotated[tuple[str, ...], Parameter(name="--set", negative=(), consume_multiple=False)]
@@ -30,11 +32,6 @@ def _overrides(settings: tuple[str, ...]) -> dict[str, str]:
     return values
 
 
-def _write_json(path: Path | None, data: Any) -> None:
-    if path is not None:
-        path.write_text(json.dumps(data, indent=1) + "\n")
-
-
 # -------------------------------------------------------------------------------------------------- train
 def train(recipe: str, /, *, out: Path, data: Data = None, settings: Settings = ()) -> int:
     """Train a recipe into a RUN folder, or go on with an unfinished one (the same command).
@@ -53,6 +50,7 @@ def train(recipe: str, /, *, out: Path, data: Data = None, settings: Settings = 
     from bitspike.papers import find_recipe
     from bitspike.training import train as train_recipe
 
+    check_folder("--out", out)
     train_recipe(find_recipe(recipe), data, out, overrides=_overrides(settings))
     return 0
 
@@ -78,6 +76,8 @@ def evaluate(target: str, /, *, data: Data = None, json_file: JsonFile = None, s
     from bitspike.cli.networks import kind_of
     from bitspike.papers import find_recipe
 
+    if json_file is not None:
+        check_file("--json", json_file)
     kind = kind_of(target)
     if kind == "recipe":
         find_recipe(target)  # an unknown name is an error of its own
@@ -91,15 +91,20 @@ def evaluate(target: str, /, *, data: Data = None, json_file: JsonFile = None, s
 
         model, recipe = load_run(target)
         result: dict[str, Any] = {"target": target, "runtime": "torch", "recipe": recipe.name, "data": recipe.data,
-                                  "split": split, **evaluate_model(model, recipe, data, split)}
+                                  "split": split, "train_on": recipe.train_on,
+                                  **evaluate_model(model, recipe, data, split)}
     else:
         from bitspike.cli.files import evaluate_file
 
         result = evaluate_file(target, data, split, threads)
-    _write_json(json_file, result)
     spent = f", {result['ms_per_image']:.3f} ms per image" if "ms_per_image" in result else ""
     _console().print(f"{target}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {result['n']} images "
-                     f"({result['data']} {split}, {result['runtime']}{spent})")
+                     f"({result['data']} {split}, {result['runtime']}{spent})", markup=False)
+    if split == "val" and result["train_on"] == "train+val":
+        warn(f"{target} was trained on train+val: it has seen these very pictures, so this is no estimate of its accuracy. "
+             "--split test is.")
+    if json_file is not None:
+        write_json(json_file, result)
     return 0
 
 
@@ -129,6 +134,9 @@ def export(target: str, /, *, output: Annotated[Path, Parameter(name=["--output"
     from bitspike.papers import find_recipe
     from bitspike.recipe import RecipeError
 
+    check_file("--output", output)
+    if not 0 <= min_agreement <= 1:
+        raise ExportError(f"--min-agreement {min_agreement}: a share of 0..1 is needed, 0.99 for 99 %.")
     kind = kind_of(target)
     if kind == "file":
         raise ExportError(f"{target} is a .bitspike file already; export takes a RUN folder or a recipe's name.")
@@ -167,6 +175,8 @@ def profile(target: str, /, *, data: Data = None, json_file: JsonFile = None, im
 
     if images < 1:
         raise ValueError(f"--images {images}: at least 1 is needed.")
+    if json_file is not None:
+        check_file("--json", json_file)
     kind = kind_of(target)
     if kind == "file":
         from bitspike.cli.files import profile_file
@@ -177,10 +187,11 @@ def profile(target: str, /, *, data: Data = None, json_file: JsonFile = None, im
 
         report, used = (profile_run(target, data, images) if kind == "run"
                         else profile_recipe(target, _overrides(settings), data, images))
-    _write_json(json_file, {**report.to_dict(), "pictures": used})
     console = _console()
     Console(highlight=False, width=max(console.width, report.WIDTH)).print(report)
-    console.print(f"Pictures: {used}.", style="dim")
+    console.print(f"Pictures: {used}.", style="dim", markup=False)
+    if json_file is not None:
+        write_json(json_file, {**report.to_dict(), "pictures": used})
     return 0
 
 
@@ -212,7 +223,7 @@ def recipes() -> int:
     for heading in ("recipe", "data", "bits"):
         table.add_column(heading, no_wrap=True)
     for heading in ("claim", "cost"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for name, recipe in all_recipes().items():
         table.add_row(name, recipe.data, bits_of(recipe), recipe.claim, recipe.cost)
     _wide(table)
@@ -237,6 +248,7 @@ def demo(*, out: Path = Path("runs/demo"), settings: Settings = ()) -> int:
     """
     from bitspike.cli.demonstration import demonstrate
 
+    check_folder("--out", out)
     table, next_steps = demonstrate(out, _overrides(settings))
     _wide(table)
     _console().print(next_steps, markup=False)

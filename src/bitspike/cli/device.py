@@ -11,17 +11,19 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
+from bitspike.cli.messages import complain
+
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _BATCH = 32
 
 
 def pictures(given: list[Path]) -> Iterator[tuple[Path, str | None]]:
-    """(file, None) for every picture named or in a folder named; (path, message) for what cannot be one."""
+    """(file, None) for every picture named, or in a folder named and not hidden; (path, message) for what cannot be one."""
     for path in given:
         if not path.is_dir():
             yield path, None
             continue
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS and p.name[0] != "." and p.is_file())
         if not found:
             held = sum(1 for _ in path.iterdir())
             yield path, f"{path}: the folder holds no pictures ({held} entries; looked for {', '.join(ENDINGS)})."
@@ -89,12 +91,14 @@ def run(file: str, images: list[Path], /, *, as_json: Annotated[bool, Parameter(
 
 
 def _show(results: list[dict[str, Any]], as_json: bool) -> None:
-    out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+    from bitspike.deploy.fields import printable
+
+    out = Console(highlight=False, soft_wrap=True)
     for entry in results:
         if "error" in entry:
-            err.print(Text.assemble(("error: ", "bold red"), (entry["error"], "red")))
+            complain(printable(entry["error"]))
         elif not as_json:
             ranked = "  ".join(f"{guess['class']} {guess['probability']:.1%}" for guess in entry["top"])
-            out.print(Text(f"{entry['image']}: {ranked}"))
+            out.print(Text(printable(f"{entry['image']}: {ranked}")))
     if as_json:
         print(json.dumps(results, indent=1))

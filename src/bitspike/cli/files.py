@@ -9,6 +9,7 @@ import numpy as np
 
 from bitspike.cli.networks import Pixels, as_pixels, pictures_for, sample_pictures, split_pictures
 from bitspike.deploy import ArtifactError, Net, load
+from bitspike.deploy.fields import printable
 from bitspike.profiling import Report, profile
 
 if TYPE_CHECKING:
@@ -116,24 +117,33 @@ def evaluate_file(target: str, data_dir: Path | None, split: str, threads: int |
     if not seen:
         raise DataError(f"{name}: its split {split!r} has no images.")
     top1, top5 = (100 * hits / seen).round(4).tolist()
-    return {"target": target, "runtime": "integer", "recipe": net.header["name"], "data": name, "split": split, "top1": top1,
-            "top5": top5, "n": seen, "ms_per_image": 1e3 * seconds / seen}
+    settings = net.header["provenance"].get("settings")
+    train_on = settings.get("train_on") if isinstance(settings, dict) else None
+    return {"target": target, "runtime": "integer", "recipe": net.header["name"], "data": name, "split": split,
+            "train_on": train_on, "top1": top1, "top5": top5, "n": seen, "ms_per_image": 1e3 * seconds / seen}
 
 
 # ------------------------------------------------------------------------------------------------ profile
 def profile_file(target: str, data_dir: Path | None, count: int, threads: int | None = None) -> tuple[Report, str]:
-    """(report, where the pictures are from). Without a data folder it needs no torch."""
+    """(report, where the pictures are from): its own data, the embedded sample if that cannot be found.
+
+    Without a data folder it needs no torch.
+    """
     net = load(target)
     height, width, channels = net.input_shape
     name = net.header.get("provenance", {}).get("data")
+    remedy = "give --data"
     if data_dir is not None and isinstance(name, str) and name != "fashion_mnist_sample":
+        from bitspike.data import DataError
         from bitspike.data import load as load_data
 
-        pixels = split_pictures(load_data(name, data_dir), "test", count, height, channels)
-        used = f"{len(pixels)} of {name} test"
-    else:
-        pixels = sample_pictures(count, height, width, channels)
-        used = f"{len(pixels)} of the embedded Fashion-MNIST sample"
-        if name != "fashion_mnist_sample":
-            used += ", which are not what the network was made for; give --data"
-    return profile(target, pixels, threads=threads), used
+        try:
+            pixels = split_pictures(load_data(name, data_dir), "test", count, height, channels)
+            return profile(target, pixels, threads=threads), f"{len(pixels)} of {name} test"
+        except DataError as error:
+            remedy = str(error).rstrip(".")
+    pixels = sample_pictures(count, height, width, channels)
+    used = f"{len(pixels)} of the embedded Fashion-MNIST sample"
+    if name != "fashion_mnist_sample":
+        used += f", which are not what the network was made for; {remedy}"
+    return profile(target, pixels, threads=threads), printable(used)
