@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bitspike.data.events import DTYPE, FORMATS, EventError, events, gesture_labels, iterate, read, write
 from bitspike.data.events import aedat4 as aedat4_format
+from bitspike.extras import MissingExtra
 
 NEEDS = {"hdf5": "h5py"}
 SIZE = {"aedat2": (128, 128), "nmnist": None, "npy": None}
@@ -306,6 +307,8 @@ def test_fuzzed(format, seeds, tmp_path, data):
         assert error.path == path and (error.offset is None or 0 <= error.offset <= len(raw))
         found = read(path, on_error="prefix")
         assert str(found.problem) == str(error)
+    except MissingExtra:  # the flipped byte was that of the compression
+        assert format == "aedat4"
     else:
         assert whole.data.dtype == DTYPE and whole.problem is None and (not len(whole) or whole.data["p"].max() <= 1)
 
