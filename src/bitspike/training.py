@@ -279,7 +279,7 @@ def _batches(recipe: Recipe, data: Dataset) -> Batches:
         if not recipe.rand_augment:
             raise
         raise RecipeError(f"recipe {recipe.name!r}, field rand_augment={recipe.rand_augment!r}: allowed: what timm reads, such "
-                          f"as rand-m9-mstd0.5-inc1 ({error or type(error).__name__}).") from None
+                          f"as rand-m9-mstd0.5-inc1 ({str(error) or type(error).__name__}).") from None
 
 
 def _working_model(recipe: Recipe, data: Dataset) -> nn.Module:
@@ -293,7 +293,7 @@ def _working_model(recipe: Recipe, data: Dataset) -> nn.Module:
     except Exception as error:  # whatever a model makes of sizes it is not meant for
         raise RecipeError(f"recipe {recipe.name!r}: its model does not work with image_size={recipe.image_size}, "
                           f"{len(recipe.mean)} values in mean and model_options={dict(recipe.model_options)}: "
-                          f"{type(error).__name__}: {error}.") from error
+                          f"{type(error).__name__}: {str(error).rstrip('.')}.") from error
     return model
 
 
