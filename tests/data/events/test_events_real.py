@@ -8,7 +8,7 @@ from bitspike.data.events import iterate, read
 
 
 @pytest.mark.parametrize(("name", "format", "size", "number", "first", "last"), [
-    # dat, EVT 2.0: the values of an independent decoder (a C extension), compared event by event when this was written
+    # dat, EVT 2.0: counts, first and last events as an independent decoder (a C extension) gives them
     ("tonic_sample_ncars.dat", "dat", None, 2009, (0, 25, 8, 0), (99952, 75, 28, 1)),
     ("expelliarmus_evt2_sample.raw", "evt2", (480, 640), 539481, (1317888, 237, 121, 1), (1367888, 210, 142, 1)),
     # EVT 3.0: its last TIME_HIGH is 2863 and its last TIME_LOW 609
