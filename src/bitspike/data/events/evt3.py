@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bitspike.data.events.core import Part, Source, check_writable, count, events, unwrap
-from bitspike.data.events.prophesee import raw_header, time_words
+from bitspike.data.events.raw_words import raw_header, time_words
 
 Y, X, BASE, VECTOR12, VECTOR8, LOW, CONTINUED4, HIGH, TRIGGER, OTHER, CONTINUED12 = 0, 2, 3, 4, 5, 6, 7, 8, 10, 14, 15
 _KNOWN = np.zeros(16, bool)

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from bitspike.data.events import evt3
 from bitspike.data.events.core import (
     EventError,
     Part,
@@ -23,6 +24,7 @@ from bitspike.data.events.core import (
     text_header,
     unwrap,
 )
+from bitspike.data.events.raw_words import raw_header, time_words
 
 _DAT = np.dtype([("t", "<u4"), ("bits", "<u4")])
 #: sensor generations by the name of the plugin that recorded them, for headers without a geometry
@@ -49,8 +51,6 @@ def open_stream(source: Source) -> Stream:
     if encoding[1] in ("2", "2.0"):
         return Stream("evt2", size, _evt2(source, start, order, skipped), skipped)
     if encoding[1] in ("3", "3.0"):
-        from bitspike.data.events import evt3
-
         return Stream("evt3", size, evt3.parts(source, start, order, skipped), skipped)
     raise source.error(0, f"encoded as EVT {encoding[1]}; EVT 2.0 and 3.0 are read. Convert it with metavision_file_to_raw.")
 
@@ -123,35 +123,6 @@ def write_dat(file: BinaryIO, data: np.ndarray, size: tuple[int, int] | None) ->
     out["t"] = data["t"] & 0xFFFFFFFF
     out["bits"] = data["x"].astype(np.uint32) | data["y"].astype(np.uint32) << 14 | data["p"].astype(np.uint32) << 28
     file.write(out.tobytes())
-
-
-def raw_header(encoding: str, size: tuple[int, int] | None) -> bytes:
-    """The text header of a `.raw` file; encoding "2.0" or "3.0"."""
-    geometry = "" if size is None else f"% geometry {size[1]}x{size[0]}\n"
-    return f"% evt {encoding}\n{geometry}% end\n".encode()
-
-
-def time_words(high: np.ndarray, bits: int, marker: int, most: int = 1 << 17) -> tuple[np.ndarray, np.ndarray]:
-    """(word values int64, positions int64): the time-high words to put before the events at those positions.
-
-    high: int64 [N], not reduced to `bits` bits. One word where the value changes, and enough of them from 0 and in every
-    pause for the overflows to be counted.
-
-    Errors: EventError for a pause that would take more than `most` words, and for steps back of more than half the range.
-    """
-    steps = np.diff(high, prepend=0)
-    if len(high) and steps.min() < -(1 << bits - 1):
-        raise EventError("the timestamps fall by more than half the range of the format's clock; sort the events by t.")
-    at = np.flatnonzero(steps)
-    at = at if len(at) and at[0] == 0 else np.concatenate([[0], at])[: len(high) + 1 if len(high) else 0]
-    quarter = 1 << bits - 2
-    extra = np.maximum(steps[at], 0) // quarter if len(at) else at
-    if extra.sum() > most:
-        raise EventError(f"the timestamps leap by {int(steps.max())} x the resolution of a time word; start them near 0.")
-    repeats = extra + 1
-    positions = np.repeat(at, repeats)
-    behind = np.repeat(np.cumsum(repeats), repeats) - 1 - np.arange(len(positions))
-    return (np.repeat(high[at], repeats) - behind * quarter) % (1 << bits) | marker << bits, positions
 
 
 def write_evt2(file: BinaryIO, data: np.ndarray, size: tuple[int, int] | None) -> None:
