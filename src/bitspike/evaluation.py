@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bitspike.data import DataError, Dataset, load
 from bitspike.data.loader import evaluation_batches
+from bitspike.layers import cached_weights
 from bitspike.objectives import SpikeCounts
 from bitspike.recipe import Recipe, RecipeError
 
@@ -47,19 +48,21 @@ def evaluate(model: nn.Module, recipe: Recipe, data: Dataset | Path | str | None
     model.eval()
     counts = SpikeCounts(model)
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # top1, top5, loss, n, spikes
-    for pixels, labels in evaluation_batches(dataset.split(split), recipe.image_size, batch_size, recipe.workers, rank, world):
-        with autocast(recipe, device):
-            logits = model(normalise(pixels.to(device), recipe))
-        mean = (logits.mean(0) if logits.dim() == 3 else logits).float()
-        targets = labels.to(device)
-        if mean.shape[1] != len(dataset.classes):
-            raise RecipeError(f"recipe {recipe.name!r}: its model has {mean.shape[1]} outputs, {recipe.data} has "
-                              f"{len(dataset.classes)} classes.")
-        hits = mean.topk(min(5, mean.shape[1])).indices == targets[:, None]
-        spikes = counts.take()
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(mean, targets, reduction="sum"),
-                             torch.tensor(len(labels), device=device),
-                             sum(spikes.values(), torch.zeros((), device=device)) / max(1, len(spikes)) * len(labels)])
+    with cached_weights(model):  # the weights stand still: quantize them once, not for every batch
+        batches = evaluation_batches(dataset.split(split), recipe.image_size, batch_size, recipe.workers, rank, world)
+        for pixels, labels in batches:
+            with autocast(recipe, device):
+                logits = model(normalise(pixels.to(device), recipe))
+            mean = (logits.mean(0) if logits.dim() == 3 else logits).float()
+            targets = labels.to(device)
+            if mean.shape[1] != len(dataset.classes):
+                raise RecipeError(f"recipe {recipe.name!r}: its model has {mean.shape[1]} outputs, {recipe.data} has "
+                                  f"{len(dataset.classes)} classes.")
+            hits = mean.topk(min(5, mean.shape[1])).indices == targets[:, None]
+            spikes = counts.take()
+            sums += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(mean, targets, reduction="sum"),
+                                 torch.tensor(len(labels), device=device),
+                                 sum(spikes.values(), torch.zeros((), device=device)) / max(1, len(spikes)) * len(labels)])
     counts.remove()
     model.train(was_training)
     if ranks:

@@ -5,6 +5,7 @@ Uses `torch.nn.utils.parametrize`, so the model's own classes, forward code and 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -111,7 +112,7 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
             yield name, found
 
 
-def cached_weights(model: nn.Module) -> parametrize.cached:  # type: ignore[valid-type,name-defined]
+def cached_weights(model: nn.Module) -> AbstractContextManager[None]:
     """Context manager: quantize each weight once inside it (evaluation, gradient accumulation)."""
     del model  # torch keeps one cache for all parametrizations
     return parametrize.cached()
