@@ -193,6 +193,29 @@ def load_run(path: Path | str, recipe: Recipe | None = None) -> tuple[nn.Module,
     return model.eval(), recipe
 
 
+def start_from_run(model: nn.Module, path: Path | str) -> None:
+    """Give a network of the same layers, quantized or not, the trained weights and statistics of a RUN, in place.
+
+    Quantizers begin anew from these weights, whatever the RUN's were. Errors: RunError naming what does not fit; then nothing
+    is changed.
+    """
+    trained = _plain_state(load_run(path)[0])
+    own = _plain_state(model)
+    wrong = sorted(set(trained) ^ set(own)) or [name for name in own if own[name].shape != trained[name].shape]
+    if wrong:
+        raise RunError(f"start={path}: {len(wrong)} tensors do not fit the recipe's model, for example {wrong[0]!r}; a run of "
+                       "the same network is needed, its weights may have any number of bits.")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(trained[name])
+
+
+def _plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state without quantizers: names as in the full-precision model."""
+    state = {name.replace(".parametrizations.weight.original", ".weight"): value for name, value in model.state_dict().items()}
+    return {name: value for name, value in state.items() if ".parametrizations." not in name and ".membrane." not in name}
+
+
 def _commit() -> str:
     """Commit of the source tree, "-dirty" if it has changes; "unknown" for an installed package."""
     here = Path(__file__).parent

@@ -32,6 +32,25 @@ def classification_loss(recipe: Recipe) -> Loss:
     return loss
 
 
+def with_logits_of(teacher: nn.Module, recipe: Recipe, loss: Loss) -> Loss:
+    """(1 - a) loss + a KL(teacher || model), a = recipe.distill_logits (at most 1): knowledge distillation at temperature 1.
+
+    The teacher (frozen, in eval mode, on the model's device) sees the same augmented images. With a = 1 the labels take no
+    part. Source: Hinton et al., 2015; at temperature 1, where a low-bit copy only has to find its way back.
+    """
+    share = recipe.distill_logits
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
+
+    def distilled(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(images.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            wanted = teacher(images)
+        wanted, mean = (x.mean(0) if x.dim() == 3 else x for x in (wanted, logits))
+        term = F.kl_div(F.log_softmax(mean.float(), 1), F.log_softmax(wanted.float(), 1), reduction="batchmean", log_target=True)
+        return share * term + ((1 - share) * loss(images, logits, targets) if share < 1 else 0.0)
+
+    return distilled
+
+
 class SpikeCounts:
     """Mean spike count of every neuron in the last forward pass, by hooks; differentiable.
 

@@ -41,6 +41,9 @@ class Recipe:
     Steps: `batch_size` is that of one optimizer step, over all processes and `accumulate` parts.
     objective: `objective(model, recipe, loss) -> loss` lets a paper replace the loss; it is called once, with the model on
     its device, so it may load a `teacher`, hook layers, and weigh its term by `distill`.
+    start: RUN folder whose trained weights this one begins with (of the same network; steps of quantizers begin anew), as
+    quantization-aware training from float weights does. distill_logits: weight of the divergence from the logits of the
+    `teacher`, also a RUN folder.
     spike_penalty: weight of the mean spike count, each neuron weighted by its share of the operations its spikes cause.
     plain_lr multiplies the learning rate of biases and norms (with "muon" of everything but convolutions), scale_lr that of
     the quantizers' steps. ema: decay of the averaged weights, which are the ones
@@ -80,6 +83,7 @@ class Recipe:
     mixup_off_epoch: float = 0.0
     workers: int = 2
     # steps
+    start: str = ""
     epochs: float = 1.0
     batch_size: int = 128
     accumulate: int = 1
@@ -102,6 +106,7 @@ class Recipe:
     label_smoothing: float = 0.0
     spike_penalty: float = 0.0
     distill: float = 0.0
+    distill_logits: float = 0.0
     teacher: str = ""
     objective: Callable[[nn.Module, Recipe, Loss], Loss] | None = None
     # the rest
@@ -129,8 +134,10 @@ class Recipe:
         if len(self.std) not in (1, len(self.mean)):
             raise self._refuse("std", self.std, f"one number or {len(self.mean)}, as mean has")
         for name in ("distill", "teacher"):
-            if getattr(self, name) and self.objective is None:
+            if getattr(self, name) and self.objective is None and not self.distill_logits:
                 raise self._refuse(name, getattr(self, name), "nothing here: the recipe has no objective that would use it")
+        if self.distill_logits and not self.teacher:
+            raise self._refuse("distill_logits", self.distill_logits, "0, or a teacher beside it: teacher=RUN")
 
     def _refuse(self, name: str, found: object, allowed: str) -> RecipeError:
         return RecipeError(f"recipe {self.name!r}, field {name}={found!r}: allowed: {allowed}.")
@@ -237,18 +244,21 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("weight_decay plain_lr scale_lr warmup_epochs warmup_lr min_lr grad_clip mixup cutmix mixup_off_epoch spike_penalty "
      "distill", "a finite number of at least 0", lambda v: 0 <= v < math.inf),
     ("ema momentum label_smoothing", "0 (off) up to, not including, 1", lambda v: 0 <= v < 1),
-    ("random_erasing", "0..1", lambda v: 0 <= v <= 1),
+    ("random_erasing distill_logits", "0..1", lambda v: 0 <= v <= 1),
     ("betas", "two numbers, each 0 up to, not including, 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v)),
     ("mean", "finite numbers, one a channel", lambda v: len(v) > 0 and all(map(math.isfinite, v))),
     ("std", "finite numbers above 0", lambda v: len(v) > 0 and all(0 < s < math.inf for s in v)),
 )
+_LATER = ("start", "distill_logits")
 _DESCRIPTIVE = ("name", "workers", "validate_every", "claim", "cost", "notes")
 
 
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """"field: stored -> asked" for every field that changes the result (not the texts, not the number of workers)."""
-    return [f"{name}: {stored.get(name)!r} -> {asked.get(name)!r}" for name in {**stored, **asked}
-            if name not in _DESCRIPTIVE and stored.get(name) != asked.get(name)]
+    # a run of an older version did as these fields do when they are left alone
+    before = {**{f.name: f.default for f in fields(Recipe) if f.name in _LATER}, **stored}
+    return [f"{name}: {before.get(name)!r} -> {asked.get(name)!r}" for name in {**before, **asked}
+            if name not in _DESCRIPTIVE and before.get(name) != asked.get(name)]
 
 
 def _types() -> dict[str, Any]:

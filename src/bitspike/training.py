@@ -30,6 +30,7 @@ from bitspike.checkpoints import (
     resolved_spec,
     save_checkpoint,
     sole_trainer,
+    start_from_run,
     start_run,
 )
 from bitspike.data import Arrays, DataError, Dataset, Files, load
@@ -45,6 +46,7 @@ from bitspike.objectives import (
     first_nonfinite,
     spike_costs,
     spike_penalty,
+    with_logits_of,
 )
 from bitspike.optimizers import Average, learning_rate, make_optimizer
 from bitspike.progress import Reporter, duration
@@ -84,6 +86,8 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
 
     # the model, its average, what it is trained with
     model = _working_model(recipe, data).to(accelerator.device)
+    if recipe.start and folder is None:
+        start_from_run(model, recipe.start)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     spec = resolved_spec(model, recipe.quant_spec())
@@ -109,6 +113,9 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
         stored = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(stored["optimizer"])
     objective = classification_loss(recipe)
+    if recipe.distill_logits:
+        teacher, _ = load_run(recipe.teacher)
+        objective = with_logits_of(teacher.to(accelerator.device).requires_grad_(False).eval(), recipe, objective)
     if recipe.objective is not None:
         objective = recipe.objective(model, recipe, objective)
     counts = SpikeCounts(model) if recipe.spike_penalty else None

@@ -33,7 +33,8 @@ def _overrides(settings: tuple[str, ...]) -> dict[str, str]:
 
 
 # -------------------------------------------------------------------------------------------------- train
-def train(recipe: str, /, *, out: Path, data: Data = None, settings: Settings = ()) -> int:
+def train(recipe: str, /, *, out: Path, data: Data = None, spec: Path | None = None, start: Path | None = None,
+          settings: Settings = ()) -> int:
     """Train a recipe into a RUN folder, or go on with an unfinished one (the same command).
 
     Parameters
@@ -44,6 +45,10 @@ def train(recipe: str, /, *, out: Path, data: Data = None, settings: Settings = 
         The RUN folder: weights, settings and metrics.
     data
         Folder of the data sets. Default: the environment variable BITSPIKE_DATA.
+    spec
+        Bits and scheme of each layer, a JSON file as 'bitspike search' writes it. The same as --set spec=FILE.
+    start
+        A trained RUN of the same network to begin with, float or not. The same as --set start=RUN.
     settings
         Override a field of the recipe: --set field=value; may be repeated.
     """
@@ -51,7 +56,9 @@ def train(recipe: str, /, *, out: Path, data: Data = None, settings: Settings = 
     from bitspike.training import train as train_recipe
 
     check_folder("--out", out)
-    train_recipe(find_recipe(recipe), data, out, overrides=_overrides(settings))
+    values = _overrides(settings)
+    values |= {name: str(path) for name, path in (("spec", spec), ("start", start)) if path is not None}
+    train_recipe(find_recipe(recipe), data, out, overrides=values)
     return 0
 
 
