@@ -27,6 +27,7 @@ from bitspike.quantizers import Membrane  # noqa: E402
 SURROGATES = [Sigmoid(), Sigmoid(2.0), Triangle(), Triangle(0.5), ArcTan(), Rectangle(), Rectangle(2.0)]
 LIFS = {
     "published": LIF, "soft": lambda: LIF(reset="soft"), "none": lambda: LIF(reset="none"),
+    "late": lambda: LIF(decay=0.8, scale_input=False, reset="late", strict=True), "late_at": lambda: LIF(reset="late"),
     "q_snn": lambda: LIF(scale_input=False, detach_reset=False, surrogate=Triangle(), strict=True),
     "half": lambda: LIF(threshold=0.5), "slow": lambda: LIF(decay=0.9, scale_input=False),
     "membrane": lambda: LIF(membrane=Membrane(4)).eval(),
@@ -47,12 +48,13 @@ def potentials(T=5, seed=0, spread=1.5):
 @pytest.mark.parametrize("name", [n for n in LIFS if n != "membrane"])
 def test_lif_equations(name):
     neuron, x = LIFS[name](), potentials()
-    v = torch.zeros_like(x[0])
+    v, fired = torch.zeros_like(x[0]), torch.zeros_like(x[0])
     for t, s in enumerate(neuron(x)):
         h = neuron.decay * v + (1 - neuron.decay if neuron.scale_input else 1) * x[t]
+        h = h - neuron.threshold * fired.float() if neuron.reset == "late" else h
         fired = h > neuron.threshold if neuron.strict else h >= neuron.threshold
         assert torch.equal(s, fired.float())
-        v = {"hard": torch.where(fired, 0.0, h), "soft": h - neuron.threshold * fired.float(), "none": h}[neuron.reset]
+        v = {"hard": torch.where(fired, 0.0, h), "soft": h - neuron.threshold * fired.float()}.get(neuron.reset, h)
 
 
 def test_lif_by_hand():
@@ -61,6 +63,9 @@ def test_lif_by_hand():
     assert LIF(strict=True)(torch.tensor([[1.6], [1.2], [0.9]])).flatten().tolist() == [0, 0, 0]
     # soft: 1.5 fires, 0.5 left; 0.25 + 0.75 fires
     assert LIF(reset="soft")(torch.tensor([[3.0], [1.5]])).flatten().tolist() == [1, 1]
+    # late: 1.5 fires, 0.75 + 1.25 - 1 = 1 fires; soft would be 0.25 + 1.25
+    late = LIF(reset="late", scale_input=False)
+    assert late(torch.tensor([[1.5], [1.25], [1.375]])).flatten().tolist() == [1, 1, 0]
 
 
 @given(st.integers(1, 255), st.floats(0.1, 300), st.one_of(st.none(), st.floats(0.01, 4)),

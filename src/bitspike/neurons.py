@@ -130,10 +130,18 @@ class Rectangle(Surrogate):
 
 
 # ---------------------------------------------------------------------------------------------------- LIF
+#: what becomes of the potential of a `LIF` that fired
+RESETS = ("hard", "soft", "late", "none")
+
+
 def lif_step(v: Tensor, x: Tensor, *, decay: float, gain: float, threshold: float, reset: str, surrogate: Surrogate,
              detach_reset: bool, strict: bool) -> tuple[Tensor, Tensor]:
     """One step of `LIF`: (potential, input) -> (spike, next potential)."""
     h = decay * v + gain * x
+    if reset == "late":
+        before = surrogate(v - threshold, strict)
+        h = h - threshold * (before.detach() if detach_reset else before)
+        return surrogate(h - threshold, strict), h
     s = surrogate(h - threshold, strict)
     r = s.detach() if detach_reset else s
     if reset == "hard":
@@ -152,8 +160,10 @@ class LIF(nn.Module):
         s[t] = 1 if h[t] >= threshold (strict: >) else 0
         v[t] = (1 - s[t]) h[t]  (hard)  |  h[t] - threshold s[t]  (soft)  |  h[t]  (none);  v[0] = 0
         gain = 1 - decay if scale_input else 1
+    "late" is the soft reset that comes one step later, so that the leak does not shrink it (snnTorch's "subtract"):
+        h[t] = decay * v[t-1] + gain * x[t] - threshold s[t-1],   v[t] = h[t]
 
-    Args: decay (0..1; SpikingJelly's tau = 2 is decay 0.5), threshold, reset "hard" | "soft" | "none", scale_input
+    Args: decay (0..1; SpikingJelly's tau = 2 is decay 0.5), threshold, reset "hard" | "soft" | "late" | "none", scale_input
     (divide the input by tau, SpikingJelly's `decay_input`), detach_reset (no gradient through the reset), surrogate,
     strict (Q-SNN fires above, not at, the threshold), membrane (a `quantizers.Membrane`: the potential is quantized
     after the reset, before it is stored).
@@ -168,8 +178,8 @@ class LIF(nn.Module):
                  detach_reset: bool = True, surrogate: Surrogate | None = None, strict: bool = False,
                  membrane: nn.Module | None = None) -> None:
         super().__init__()
-        if reset not in ("hard", "soft", "none"):
-            raise ValueError(f"LIF: reset={reset!r}; allowed: 'hard', 'soft', 'none'.")
+        if reset not in RESETS:
+            raise ValueError(f"LIF: reset={reset!r}; allowed: {', '.join(map(repr, RESETS))}.")
         if not 0 <= decay <= 1:
             raise ValueError(f"LIF: decay={decay}; it multiplies the potential each step and must be in 0..1 (tau=2 is 0.5).")
         if not threshold > 0:
