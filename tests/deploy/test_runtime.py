@@ -29,11 +29,16 @@ def on(name: str, net: Net, images: np.ndarray, **more: int) -> np.ndarray:
         kernels.use(before)
 
 
+def some(images: np.ndarray, which: slice) -> np.ndarray:
+    """A part of the batch, of pictures or of sequences."""
+    return images[which] if images.ndim == 4 else images[:, which]
+
+
 def test_random_programs_hold_every_op():
-    assert {op.name for seed in range(40) for op in net_of(seed).program.ops} == set(OPS)
+    assert {op.name for seed in range(60) for op in net_of(seed).program.ops} == set(OPS)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_same_numbers_on_all_kernels_batches_and_threads(seed: int, monkeypatch: pytest.MonkeyPatch):
     net = net_of(seed)
     images = random_images(net.header, 5, seed)
@@ -42,8 +47,9 @@ def test_same_numbers_on_all_kernels_batches_and_threads(seed: int, monkeypatch:
     for name in kernels.available()[1:]:
         np.testing.assert_array_equal(on(name, net, images, threads=1), expected, err_msg=name)
     np.testing.assert_array_equal(net(images, threads=3), expected)
-    np.testing.assert_array_equal(np.concatenate([net(images[:2]), net(images[2:2]), net(images[2:])]), expected)
-    np.testing.assert_array_equal(net(images[::-1])[::-1], expected)
+    parts = [net(some(images, which)) for which in (slice(2), slice(2, 2), slice(2, None))]
+    np.testing.assert_array_equal(np.concatenate(parts), expected)
+    np.testing.assert_array_equal(net(some(images, slice(None, None, -1)))[::-1], expected)
     monkeypatch.setattr(runtime, "CHUNK_BYTES", net.program.live_bytes)
     np.testing.assert_array_equal(net(images, threads=2), expected)
 
@@ -84,9 +90,14 @@ def test_wrong_pictures_are_named():
     for wrong in (good.astype(np.float32), good.tolist(), None):
         with pytest.raises(TypeError, match="uint8"):
             net(wrong)
-    for wrong in (good[0], good[..., :0], good[:, 1:], good[None]):
+    for wrong in (good[0], good[..., :0], good[..., 1:, :], good[None]):
         with pytest.raises(ValueError, match="shape"):
             net(wrong)
+    sequence = next(net for net in map(net_of, range(60)) if net.input_steps > 1)
+    frames = random_images(sequence.header, 2)
+    for wrong in (frames[0], frames[1:], frames[None]):
+        with pytest.raises(ValueError, match=f"needs .{sequence.time_steps}, B, .* .time steps, batch, height"):
+            sequence(wrong)
     for threads in (0, -1, 10**6):
         with pytest.raises(ValueError, match="threads"):
             net(good, threads=threads)

@@ -32,6 +32,7 @@ MAX_JSON_BYTES = 1 << 22
 MAX_JSON_DEPTH = 32
 MAX_CLASSES = 100_000
 MAX_DIMENSIONS = 8
+MAX_INPUT_CHANNELS = 16
 DTYPES: dict[str, type[np.generic]] = {"U8": np.uint8, "I8": np.int8, "I16": np.int16, "I32": np.int32}
 _DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
@@ -131,20 +132,21 @@ def _check_header(header: dict[str, Any], tensors: Mapping[str, NDArray[Any]]) -
         raise fields.fail("provenance", "an object")
     source = Fields(fields.get("input"), "header 'input'")
     height, width = source.integer("height", 1, MAX_SIDE), source.integer("width", 1, MAX_SIDE)
-    channels = source.integer("channels", 1, 3)
-    if channels == 2:
-        raise source.fail("channels", "3 or 1")
+    channels = source.integer("channels", 1, MAX_INPUT_CHANNELS)
     if source.get("resize") is not None:
         source.integer("resize", max(height, width), MAX_SIDE)
+    frames = source.integer("steps", 1, MAX_STEPS) if source.has("steps") else 1
     source.done()
     classes = fields.texts("classes", 1, MAX_CLASSES)
     steps = fields.integer("time_steps", 1, MAX_STEPS)
+    if frames not in (1, steps):
+        raise source.fail("steps", f"1 (a picture) or 'time_steps', which is {steps}")
     fraction_bits = fields.integer("fraction_bits", 0, 30)
     output = fields.text("output")
     listing = fields.get("program")
     fields.get("format_version")
     fields.done()
-    pixels = Value("u8", 1, height, width, channels, 0, 255)
+    pixels = Value("u8", frames, height, width, channels, 0, 255)
     program = check_program(listing, output, pixels, steps, fraction_bits, tensors)
     y = program.values[output]
     if (y.kind, y.steps, y.height, y.width, y.channels) != ("i32", 1, 1, 1, len(classes)):

@@ -148,3 +148,12 @@ class Fields:
         if tensor.min() < low:
             raise ArtifactError(f"{self.where}: '{key}' holds {tensor.min()}; the least allowed is {low}")
         return tensor
+
+    def rows(self, key: str, counts: Sequence[int], width: int, low: int) -> tuple[NDArray[Any], int]:
+        """An int32 tensor `[rows, width]` of numbers from low, with one of the allowed counts of rows; and that count."""
+        tensor = self._tensors.get(self.text(key))
+        found = next((n for n in counts if tensor is not None and tensor.shape == (n, width)), counts[-1])
+        table = self.tensor(key, np.int32, (found, width))
+        if table.size and table.min() < low:
+            raise ArtifactError(f"{self.where}: '{key}' holds {table.min()}; the least allowed is {low}")
+        return table, found

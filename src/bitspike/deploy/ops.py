@@ -93,15 +93,61 @@ def add(a: Array, b: Array) -> Array:
     return sat32(a.astype(np.int64) + b)
 
 
-def attention(q: Array, k: Array, v: Array, heads: int, m: int, s: int) -> Array:
-    """Per head over the N = H W tokens: `sat32(rshift(q (k^T v) * m, s))`. Exact in float64, as in `conv`."""
-    def split(x: Array) -> Array:  # [S, B, H, W, C] -> [S, B, heads, N, C / heads]
-        tokens = x.reshape(*x.shape[:2], -1, heads, x.shape[4] // heads)
-        return np.swapaxes(tokens, 2, 3).astype(np.float64)
+def sum(a: Array, b: Array) -> Array:
+    """`a + b` of counts: u8, of which the reader has proved that no sum passes 255; S = 1 is broadcast."""
+    return a + b
 
-    acc = split(q) @ (np.swapaxes(split(k), 3, 4) @ split(v))
+
+# ---------------------------------------------------------------------------------------------- attention
+def _tokens(x: Array, heads: int) -> Array:
+    """`[S, B, H, W, C]` -> float64 `[S, B, heads, N, C / heads]`; products of codes are exact in it, as in `conv`."""
+    return np.swapaxes(x.reshape(*x.shape[:2], -1, heads, x.shape[4] // heads), 2, 3).astype(np.float64)
+
+
+def attention(q: Array, k: Array, v: Array, heads: int, m: int, s: int) -> Array:
+    """Per head over the N = H W tokens: `sat32(rshift(q (k^T v) * m, s))`."""
+    acc = _tokens(q, heads) @ (np.swapaxes(_tokens(k, heads), 3, 4) @ _tokens(v, heads))
     y = sat32(rshift(_times(acc, m), s))
     return np.ascontiguousarray(np.swapaxes(y, 2, 3)).reshape(y.shape[0], *q.shape[1:])
+
+
+def attention_map(a: Array, b: Array, over: str, heads: int, m: int, s: int) -> Array:
+    """Per head `sat32(rshift(acc * m, s))`, with d = C / heads channels a head, N = H W tokens:
+
+    over "channels" (a = q, b = k): `acc[n, h, l] = sum_i a[n, h, i] b[l, h, i]`, the value is `[S, B, N, heads, N]`;
+    over "tokens" (a = v, b = k): `acc[j, h, i] = sum_n a[n, h, j] b[n, h, i]`, the value is `[S, B, d, heads, d]`.
+    In both, what `attention_read` sums over is the last axis.
+    """
+    left, right = _tokens(a, heads), _tokens(b, heads)
+    acc = left @ np.swapaxes(right, 3, 4) if over == "channels" else np.swapaxes(left, 3, 4) @ right
+    return np.ascontiguousarray(np.swapaxes(sat32(rshift(_times(acc, m), s)), 2, 3))
+
+
+def attention_read(chosen: Array, x: Array, over: str, heads: int, m: int | Array, s: int) -> Array:
+    """`sat32(rshift(acc * m[t, h], s))` `[S, B, H, W, C]` of a map `chosen` and x, with m a number or `[1 or T, heads]`:
+
+    over "tokens" (map of q and k, x = v): `acc[n, h, j] = sum_l chosen[n, h, l] x[l, h, j]`;
+    over "channels" (map of v and k, x = q): `acc[n, h, j] = sum_i chosen[j, h, i] x[n, h, i]`.
+    """
+    rows, values = np.swapaxes(chosen, 2, 3).astype(np.float64), _tokens(x, heads)
+    acc = rows @ values if over == "tokens" else values @ np.swapaxes(rows, 3, 4)
+    factor = np.asarray(m, np.int64)
+    y = sat32(rshift(acc.astype(np.int64) * (factor[:, None, :, None, None] if factor.ndim else factor), s))
+    return np.ascontiguousarray(np.swapaxes(y, 2, 3)).reshape(y.shape[0], *x.shape[1:])
+
+
+def coincidences(k: Array, v: Array, m: int, s: int) -> Array:
+    """`sat32(rshift(m * sum over pixels of k v, s))` `[S, B, 1, 1, C]`."""
+    acc = (k.astype(np.int64) * v).sum((2, 3), keepdims=True)
+    return sat32(rshift(_times(acc, m), s))
+
+
+def mask(q: Array, chosen: Array) -> Array:
+    """`q * chosen` of codes u8, chosen `[S, B, 1, 1, C]`: the channels of q that it lets pass."""
+    return q * chosen
+
+
+# --------------------------------------------------------------------------------------- pools and neurons
 
 
 def maxpool(x: Array, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Array:
@@ -119,24 +165,71 @@ def mean(x: Array, over: str, m: int) -> Array:
     return sat32((2 * m * x.sum(axes, dtype=np.int64, keepdims=True) + n) // (2 * n))
 
 
+def lif_step(
+    v: Array, x: Array, decay: tuple[int, int], gain: tuple[int, int], threshold: int, reset: str, strict: bool,
+    amount: int | None = None,
+) -> tuple[Array, Array]:
+    """One step of `lif`: (potential, input) -> (spikes u8, next potential)."""
+    h = sat32(rshift(_times(v, decay[0]), decay[1]) + rshift(_times(x, gain[0]), gain[1]))
+    s = h > threshold if strict else h >= threshold
+    if reset == "hard":
+        v = np.where(s, 0, h).astype(np.int32)
+    elif reset == "soft":
+        v = sat32(h.astype(np.int64) - s * np.int64(threshold if amount is None else amount))
+    else:
+        v = h
+    return s.astype(np.uint8), v
+
+
 def lif(
-    x: Array, decay: tuple[int, int], gain: tuple[int, int], threshold: int, reset: str, steps: int, strict: bool
+    x: Array, decay: tuple[int, int], gain: tuple[int, int], threshold: int, reset: str, steps: int, strict: bool,
+    amount: int | None = None,
 ) -> Array:
-    """`h = sat32(rshift(v decay) + rshift(x gain))`, spike where `h >= threshold` (`>` if strict), then the reset."""
+    """`h = sat32(rshift(v decay) + rshift(x gain))`, spike where `h >= threshold` (`>` if strict), then the reset:
+
+    hard `v = 0`, soft `v = sat32(h - amount)` (the threshold if None) where it fired, none; else `v = h`.
+    """
     v = np.zeros(x.shape[1:], np.int32)
     spikes = np.empty((steps, *x.shape[1:]), np.uint8)
     for t in range(steps):
-        drive = _times(x[t if x.shape[0] > 1 else 0], gain[0])
-        h = sat32(rshift(_times(v, decay[0]), decay[1]) + rshift(drive, gain[1]))
-        s = h > threshold if strict else h >= threshold
-        if reset == "hard":
-            v = np.where(s, 0, h).astype(np.int32)
-        elif reset == "soft":
-            v = sat32(h.astype(np.int64) - s * threshold)
-        else:
-            v = h
-        spikes[t] = s
+        spikes[t], v = lif_step(v, x[t if x.shape[0] > 1 else 0], decay, gain, threshold, reset, strict, amount)
     return spikes
+
+
+def store(v: Array, table: Array) -> Array:
+    """Potential -> code int8: the number of entries of the sorted table that are at most v, less half of them."""
+    return (np.searchsorted(table, v, side="right") - len(table) // 2).astype(np.int8)
+
+
+def lif_packed_step(
+    c: Array, x: Array, decay: tuple[int, int], gain: tuple[int, int], threshold: int, reset: str, strict: bool,
+    bits: int, table: Array, amount: int | None = None,
+) -> tuple[Array, Array]:
+    """One step of `lif_packed`: (code of the potential, input) -> (spikes u8, next code)."""
+    spikes, v = lif_step(c, x, decay, gain, threshold, reset, strict, amount)
+    return spikes, store(v, table)
+
+
+def lif_packed(
+    x: Array, decay: tuple[int, int], gain: tuple[int, int], threshold: int, reset: str, steps: int, strict: bool,
+    bits: int, table: Array, amount: int | None = None,
+) -> Array:
+    """`lif` whose potential is kept as a signed code of `bits` bits: `decay` leads from the code to the potential, and
+    after the reset `store` leads back. table: int32 `[2^bits - 2]`, sorted.
+    """
+    c = np.zeros(x.shape[1:], np.int8)
+    spikes = np.empty((steps, *x.shape[1:]), np.uint8)
+    for t in range(steps):
+        now = x[t if x.shape[0] > 1 else 0]
+        spikes[t], c = lif_packed_step(c, now, decay, gain, threshold, reset, strict, bits, table, amount)
+    return spikes
+
+
+def ielif_step(v: Array, x: Array, levels: int, decay: tuple[int, int], fraction_bits: int) -> tuple[Array, Array]:
+    """One step of `ielif`: (potential, input) -> (counts u8, next potential)."""
+    u = sat32(v.astype(np.int64) + x)
+    n = np.clip(rshift(u, fraction_bits), 0, levels)
+    return n.astype(np.uint8), sat32(rshift(_times(u - (n << fraction_bits), decay[0]), decay[1]))
 
 
 def ielif(x: Array, levels: int, decay: tuple[int, int], steps: int, fraction_bits: int) -> Array:
@@ -144,8 +237,5 @@ def ielif(x: Array, levels: int, decay: tuple[int, int], steps: int, fraction_bi
     v = np.zeros(x.shape[1:], np.int32)
     counts = np.empty((steps, *x.shape[1:]), np.uint8)
     for t in range(steps):
-        u = sat32(v.astype(np.int64) + x[t if x.shape[0] > 1 else 0])
-        n = np.clip(rshift(u, fraction_bits), 0, levels)
-        v = sat32(rshift(_times(u - (n << fraction_bits), decay[0]), decay[1]))
-        counts[t] = n
+        counts[t], v = ielif_step(v, x[t if x.shape[0] > 1 else 0], levels, decay, fraction_bits)
     return counts

@@ -227,22 +227,102 @@ def _add(fields: Fields, inputs: list[Value], context: _Context) -> tuple[dict[s
     return {}, _potential(inputs[0], steps=_together(fields, inputs)), 0
 
 
+def _sum(fields: Fields, inputs: list[Value], context: _Context) -> tuple[dict[str, Any], Value, int]:
+    for x in inputs:
+        _kind(fields, x, "u8")
+    a, b = inputs
+    if a.hi + b.hi > LIMITS["u8"][1]:
+        raise fields.fail("in", f"counts whose sum is at most 255; it can reach {a.hi + b.hi}")
+    y = Value("u8", _together(fields, inputs), a.height, a.width, a.channels, a.lo + b.lo, a.hi + b.hi)
+    return {}, y, 0
+
+
+def _heads(fields: Fields, channels: int) -> int:
+    heads = fields.integer("heads", 1, MAX_CHANNELS)
+    if channels % heads:
+        raise fields.fail("heads", f"a divisor of the {channels} channels")
+    return heads
+
+
+def _bounded(fields: Fields, what: str, bound: int) -> None:
+    if bound > INT32_MAX:
+        raise fields.fail("in", f"codes small enough that {what} stays below 2^31; it can reach {bound}")
+
+
+def _factor(fields: Fields) -> dict[str, Any]:
+    return {"m": fields.integer("m", -INT32_MAX, INT32_MAX), "s": fields.integer("s", 0, 62)}
+
+
 def _attention(fields: Fields, inputs: list[Value], context: _Context) -> tuple[dict[str, Any], Value, int]:
     for x in inputs:
         _kind(fields, x, "u8")
     steps = _together(fields, inputs)
     q, k, v = inputs
-    heads = fields.integer("heads", 1, MAX_CHANNELS)
-    if q.channels % heads:
-        raise fields.fail("heads", f"a divisor of the {q.channels} channels")
+    heads = _heads(fields, q.channels)
     tokens, width = q.height * q.width, q.channels // heads
-    bound = tokens * k.hi * v.hi * max(1, width * q.hi)
-    if bound > INT32_MAX:
-        raise fields.fail("in", f"codes small enough that q (k^T v) stays below 2^31; it can reach {bound}")
-    attributes = {
-        "heads": heads, "m": fields.integer("m", -INT32_MAX, INT32_MAX), "s": fields.integer("s", 0, 62),
-    }
-    return attributes, _potential(q, steps=steps), 2 * steps * tokens * q.channels * width
+    _bounded(fields, "q (k^T v)", tokens * k.hi * v.hi * max(1, width * q.hi))
+    return {"heads": heads, **_factor(fields)}, _potential(q, steps=steps), 2 * steps * tokens * q.channels * width
+
+
+def _attention_map(fields: Fields, inputs: list[Value], context: _Context) -> tuple[dict[str, Any], Value, int]:
+    for x in inputs:
+        _kind(fields, x, "u8")
+    steps = _together(fields, inputs)
+    a, b = inputs
+    over, heads = fields.choice("over", ("channels", "tokens")), _heads(fields, a.channels)
+    tokens, width = a.height * a.width, a.channels // heads
+    side, terms = (tokens, width) if over == "channels" else (width, tokens)
+    if side > MAX_CHANNELS:
+        raise fields.fail("in", f"values of at most {MAX_CHANNELS} tokens; they have {side}")
+    _bounded(fields, "a product", terms * a.hi * b.hi)
+    y = Value("i32", steps, side, heads, side, INT32_MIN, INT32_MAX)
+    return {"over": over, "heads": heads, **_factor(fields)}, y, steps * side * side * heads * terms
+
+
+def _attention_read(fields: Fields, inputs: list[Value], context: _Context) -> tuple[dict[str, Any], Value, int]:
+    for x in inputs:
+        _kind(fields, x, "u8")
+    chosen, x = inputs
+    over, heads = fields.choice("over", ("channels", "tokens")), _heads(fields, x.channels)
+    tokens, width = x.height * x.width, x.channels // heads
+    side = tokens if over == "tokens" else width
+    if (chosen.height, chosen.width, chosen.channels) != (side, heads, side):
+        raise fields.fail("in", f"a map [S, B, {side}, {heads}, {side}] first; its shape is "
+                          f"{[chosen.steps, 'B', chosen.height, chosen.width, chosen.channels]}")
+    _bounded(fields, "a product", side * chosen.hi * x.hi)
+    m: Any = fields.get("m")
+    rows = 1
+    if isinstance(m, str):
+        m, rows = fields.rows("m", (1, context.time_steps), heads, -INT32_MAX)
+    else:
+        m = fields.integer("m", -INT32_MAX, INT32_MAX)
+    steps = max(chosen.steps, x.steps, rows)
+    if chosen.steps not in (1, steps) or x.steps not in (1, steps):
+        raise fields.fail("in", f"values with S equal or 1; found {chosen.steps}, {x.steps} and {rows} rows of 'm'")
+    attributes = {"over": over, "heads": heads, "m": m, "s": fields.integer("s", 0, 62)}
+    return attributes, _potential(x, steps=steps), steps * tokens * x.channels * side
+
+
+def _coincidences(fields: Fields, inputs: list[Value], context: _Context) -> tuple[dict[str, Any], Value, int]:
+    for x in inputs:
+        _kind(fields, x, "u8")
+    steps = _together(fields, inputs)
+    k, v = inputs
+    _bounded(fields, "a sum of products", k.height * k.width * k.hi * v.hi)
+    return _factor(fields), _potential(k, steps=steps, height=1, width=1), steps * k.height * k.width * k.channels
+
+
+def _mask(fields: Fields, inputs: list[Value], context: _Context) -> tuple[dict[str, Any], Value, int]:
+    for x in inputs:
+        _kind(fields, x, "u8")
+    q, chosen = inputs
+    steps = max(q.steps, chosen.steps)
+    if (chosen.height, chosen.width, chosen.channels) != (1, 1, q.channels) or not {q.steps, chosen.steps} <= {1, steps}:
+        raise fields.fail("in", f"a value and a mask [S, B, 1, 1, {q.channels}], S equal or 1; the mask's shape is "
+                          f"{[chosen.steps, 'B', chosen.height, chosen.width, chosen.channels]}")
+    if q.hi * chosen.hi > LIMITS["u8"][1]:
+        raise fields.fail("in", f"codes whose product is at most 255; it can reach {q.hi * chosen.hi}")
+    return {}, Value("u8", steps, q.height, q.width, q.channels, 0, q.hi * chosen.hi), 0
 
 
 def _maxpool(fields: Fields, inputs: list[Value], context: _Context) -> tuple[dict[str, Any], Value, int]:
@@ -289,7 +369,20 @@ def _lif(fields: Fields, inputs: list[Value], context: _Context) -> tuple[dict[s
         "reset": fields.choice("reset", ("hard", "soft", "none")), "steps": steps,
         "strict": fields.boolean("strict"),
     }
+    if fields.has("amount"):
+        if attributes["reset"] != "soft":
+            raise fields.fail("amount", f"absent: it belongs to a soft reset, and this one is {attributes['reset']}")
+        attributes["amount"] = fields.integer("amount", INT32_MIN, INT32_MAX)
     return attributes, _spikes(x, steps, 1), 0
+
+
+def _lif_packed(fields: Fields, inputs: list[Value], context: _Context) -> tuple[dict[str, Any], Value, int]:
+    attributes, y, macs = _lif(fields, inputs, context)
+    bits = fields.integer("bits", 2, 8)
+    table = fields.tensor("table", np.int32, (2**bits - 2,))
+    if (np.diff(table.astype(np.int64)) < 0).any():
+        raise fields.fail("table", "numbers in growing order; they fall")
+    return {**attributes, "bits": bits, "table": table}, y, macs
 
 
 def _ielif(fields: Fields, inputs: list[Value], context: _Context) -> tuple[dict[str, Any], Value, int]:
@@ -306,7 +399,9 @@ _Check = Callable[[Fields, list[Value], _Context], tuple[dict[str, Any], Value, 
 #: number of inputs and the check of every op that exists
 OPS: dict[str, tuple[int, _Check]] = {
     "lookup": (1, _lookup), "conv": (1, _conv), "quantize": (1, _quantize), "affine": (1, _affine), "add": (2, _add),
-    "attention": (3, _attention), "maxpool": (1, _maxpool), "mean": (1, _mean), "lif": (1, _lif), "ielif": (1, _ielif),
+    "sum": (2, _sum), "attention": (3, _attention), "attention_map": (2, _attention_map),
+    "attention_read": (2, _attention_read), "coincidences": (2, _coincidences), "mask": (2, _mask), "maxpool": (1, _maxpool),
+    "mean": (1, _mean), "lif": (1, _lif), "lif_packed": (1, _lif_packed), "ielif": (1, _ielif),
 }
 
 

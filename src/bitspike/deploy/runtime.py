@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitspike.deploy import artifact, kernels
+from bitspike.deploy import artifact, kernels, ops
 from bitspike.deploy.errors import ArtifactError
 from bitspike.deploy.ops import Array
 from bitspike.deploy.program import Op, Program
@@ -27,15 +27,18 @@ def _bind(op: Op, signed: bool, kernel_set: kernels.KernelSet) -> _Step:
     if op.name == "conv":
         conv = kernel_set.prepare_conv(**a, signed=signed)
         return lambda inputs, threads: conv(inputs[0], threads)
-    function = getattr(kernel_set, op.name)
+    function = getattr(kernel_set, op.name, None)
+    if function is None or "amount" in a:  # this set has no kernel for it: the definition is always there
+        definition = getattr(ops, op.name)
+        return lambda inputs, threads: definition(*inputs, **a)
     return lambda inputs, threads: function(*inputs, **a, threads=threads)
 
 
 class Net:
     """A network ready to run. Safe to call from several threads.
 
-    Call it with uint8 pictures `[B, H, W, C]`, get float32 logits `[B, classes]`. The numbers do not depend on the batch
-    a picture is in, on `threads`, or on the kernels in use.
+    Call it with uint8 pictures `[B, H, W, C]` (a network for sequences of frames: with `[T, B, H, W, C]`), get float32
+    logits `[B, classes]`. The numbers do not depend on the batch a picture is in, on `threads`, or on the kernels in use.
 
     >>> import tempfile, os
     >>> tensors = {"w": artifact.pack_codes(np.eye(3, dtype=int), {"kind": "uniform", "bits": 2}),
@@ -83,6 +86,11 @@ class Net:
         return source["height"], source["width"], source["channels"]
 
     @property
+    def input_steps(self) -> int:
+        """Frames of one input: 1 for a picture, T for a sequence of event frames."""
+        return int(self.header["input"].get("steps", 1))
+
+    @property
     def time_steps(self) -> int:
         """T, the number of time steps."""
         return int(self.header["time_steps"])
@@ -91,7 +99,8 @@ class Net:
         return f"<Net {self.header['name']!r}: {self.input_shape} -> {len(self.classes)} classes, T = {self.time_steps}>"
 
     def __call__(self, images: NDArray[np.uint8], threads: int | None = None) -> NDArray[np.float32]:
-        """Logits float32 `[B, classes]` of uint8 pictures `[B, H, W, C]`; B may be 0. `threads`: all cores if None.
+        """Logits float32 `[B, classes]` of uint8 pictures `[B, H, W, C]` or, where `input_steps` is T, sequences
+        `[T, B, H, W, C]`; B may be 0. `threads`: all cores if None.
 
         Raises:
             TypeError: the pictures are not a uint8 array, or `threads` is not an integer.
@@ -99,11 +108,11 @@ class Net:
         """
         images, count = self._check(images, threads)
         program = self.program
-        logits = np.empty((len(images), len(self.header["classes"])), np.float32)
+        logits = np.empty((images.shape[1], len(self.header["classes"])), np.float32)
         chunk = max(1, CHUNK_BYTES * count // program.live_bytes)
         steps = self._steps()
-        for first in range(0, len(images), chunk):
-            values: dict[str, Array] = {"pixels": images[None, first : first + chunk]}
+        for first in range(0, images.shape[1], chunk):
+            values: dict[str, Array] = {"pixels": np.ascontiguousarray(images[:, first : first + chunk])}
             for index, (op, step) in enumerate(zip(program.ops, steps, strict=True)):
                 values[op.output] = step([values[name] for name in op.inputs], count)
                 for name in {*op.inputs, op.output}:
@@ -119,7 +128,7 @@ class Net:
             TypeError, ValueError: as for a call.
         """
         images, count = self._check(images, threads)
-        values: dict[str, Array] = {"pixels": images[None]}
+        values: dict[str, Array] = {"pixels": images}
         for op, step in zip(self.program.ops, self._steps(), strict=True):
             values[op.output] = step([values[name] for name in op.inputs], count)
         return values
@@ -135,11 +144,16 @@ class Net:
                 f"images: found {found}; a uint8 array [B, H, W, C] of pixels 0..255 is needed (bitspike.deploy.read_image "
                 "makes one picture)"
             )
-        if images.ndim != 4 or images.shape[1:] != self.input_shape:
+        frames, size = self.input_steps, self.input_shape
+        fits = images.shape[1:] == size if frames == 1 else images.shape[:1] + images.shape[2:] == (frames, *size)
+        if images.ndim != (4 if frames == 1 else 5) or not fits:
+            needed = "[B, " if frames == 1 else f"[{frames}, B, "
             raise ValueError(
-                f"images: found shape {list(images.shape)}; this network needs [B, {', '.join(map(str, self.input_shape))}] "
-                "(batch, height, width, channels)"
+                f"images: found shape {list(images.shape)}; this network needs {needed}{', '.join(map(str, size))}] "
+                f"({'' if frames == 1 else 'time steps, '}batch, height, width, channels)"
             )
+        if frames == 1:
+            images = images[None]
         if threads is None:
             return np.ascontiguousarray(images), os.cpu_count() or 1
         number: Any = None if isinstance(threads, bool) else threads
