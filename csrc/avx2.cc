@@ -87,6 +87,7 @@ struct Avx2 {
     explicit Factor(int64_t v) : low(_mm256_set1_epi64x(v)), high(low) {}
   };
   static Factor factor(const int32_t* p, int lanes) { return Factor(load(p, lanes)); }
+  static Factor no_bias() { return Factor(zero(), zero()); }
 
   // There is no 64-bit arithmetic shift: shift x + 2^63 logically, then take 2^63 >> s off again.
   struct Scale {
@@ -118,9 +119,28 @@ struct Avx2 {
     const __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
     return _mm256_blend_epi32(_mm256_permutevar8x32_epi32(low, even), _mm256_permutevar8x32_epi32(high, even), 0xf0);
   }
+  // The same without b, where the result is known to fit into 32 bits.
+  static I32 requant_fits(I32 acc, const Factor& m, const Scale& s) {
+    const Factor y = shifted(acc, m, s);
+    const __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
+    return _mm256_blend_epi32(_mm256_permutevar8x32_epi32(y.low, even), _mm256_permutevar8x32_epi32(y.high, even), 0xf0);
+  }
 
   static I32 clip(I32 v, int32_t lo, int32_t hi) {
     return _mm256_min_epi32(_mm256_max_epi32(v, _mm256_set1_epi32(lo)), _mm256_set1_epi32(hi));
+  }
+  static I32 multiply(I32 a, I32 b) { return _mm256_mullo_epi32(a, b); }
+  static I32 add(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
+  static I32 shift_right(I32 a, int n) { return _mm256_sra_epi32(a, _mm_cvtsi32_si128(n)); }
+  static size_t count_nonzero(const uint8_t* p, size_t n) {
+    size_t zeros = 0, i = 0;
+    for (; i + 32 <= n; i += 32) {
+      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i));
+      zeros += static_cast<size_t>(
+          _mm_popcnt_u32(static_cast<unsigned>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())))));
+    }
+    for (; i < n; ++i) zeros += p[i] == 0;
+    return n - zeros;
   }
   static I32 multiply_add(I32 acc, I32 a, I32 b) { return _mm256_add_epi32(acc, _mm256_mullo_epi32(a, b)); }
   static I32 more(I32 a, I32 b) { return _mm256_cmpgt_epi32(a, b); }

@@ -64,17 +64,16 @@ struct Avx512 {
     return as_is ? image + static_cast<size_t>(first_row) * c.width * c.channels : nullptr;
   }
 
-  // A per-output number as int64, lanes 0..7 and 8..15.
+  // A per-channel number as int64: lanes 0, 2, 4 .. and lanes 1, 3, 5 .. (vpmuldq multiplies every other lane).
   struct Factor {
-    __m512i low, high;
-    explicit Factor(__m512i v)
-        : low(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(v))),
-          high(_mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1))) {}
+    __m512i even, odd;
+    explicit Factor(__m512i v) : even(_mm512_srai_epi64(_mm512_slli_epi64(v, 32), 32)), odd(_mm512_srai_epi64(v, 32)) {}
     explicit Factor(const int32_t* p) : Factor(_mm512_loadu_si512(p)) {}
-    Factor(__m512i l, __m512i h) : low(l), high(h) {}
-    explicit Factor(int64_t v) : low(_mm512_set1_epi64(v)), high(low) {}
+    Factor(__m512i e, __m512i o) : even(e), odd(o) {}
+    explicit Factor(int64_t v) : even(_mm512_set1_epi64(v)), odd(even) {}
   };
   static Factor factor(const int32_t* p, int lanes) { return Factor(load(p, lanes)); }
+  static Factor no_bias() { return Factor(zero(), zero()); }
 
   struct Scale {
     __m512i half;
@@ -83,24 +82,43 @@ struct Avx512 {
         : half(_mm512_set1_epi64(s > 0 ? int64_t{1} << (s - 1) : 0)), shift(_mm_cvtsi32_si128(s)) {}
   };
 
-  static __m512i shifted8(__m256i x, __m512i m, const Scale& s) {
-    const __m512i product = _mm512_mul_epi32(_mm512_cvtepi32_epi64(x), m);
-    return _mm512_sra_epi64(_mm512_add_epi64(product, s.half), s.shift);
+  static __m512i shifted8(__m512i x, __m512i m, const Scale& s) {
+    return _mm512_sra_epi64(_mm512_add_epi64(_mm512_mul_epi32(x, m), s.half), s.shift);
   }
   static Factor shifted(I32 x, const Factor& m, const Scale& s) {
-    return {shifted8(_mm512_castsi512_si256(x), m.low, s), shifted8(_mm512_extracti64x4_epi64(x, 1), m.high, s)};
+    return {shifted8(x, m.even, s), shifted8(_mm512_srli_epi64(x, 32), m.odd, s)};
   }
-  static __m256i requant8(__m256i acc, __m512i m, __m512i b, const Scale& s) {
-    return _mm512_cvtsepi64_epi32(_mm512_add_epi64(shifted8(acc, m, s), b));  // saturates
+  // The lower halves of the even and odd numbers as one vector.
+  static I32 join(__m512i even, __m512i odd) {
+    return _mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA);
+  }
+  static __m512i saturated(__m512i v) {
+    return _mm512_max_epi64(_mm512_min_epi64(v, _mm512_set1_epi64(INT32_MAX)), _mm512_set1_epi64(INT32_MIN));
   }
   static I32 requant(I32 acc, const Factor& m, const Factor& b, const Scale& s) {
-    const __m256i low = requant8(_mm512_castsi512_si256(acc), m.low, b.low, s);
-    const __m256i high = requant8(_mm512_extracti64x4_epi64(acc, 1), m.high, b.high, s);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    const Factor y = shifted(acc, m, s);
+    return join(saturated(_mm512_add_epi64(y.even, b.even)), saturated(_mm512_add_epi64(y.odd, b.odd)));
+  }
+  // The same without b, where the result is known to fit into 32 bits.
+  static I32 requant_fits(I32 acc, const Factor& m, const Scale& s) {
+    const Factor y = shifted(acc, m, s);
+    return join(y.even, y.odd);
   }
 
   static I32 clip(I32 v, int32_t lo, int32_t hi) {
     return _mm512_min_epi32(_mm512_max_epi32(v, _mm512_set1_epi32(lo)), _mm512_set1_epi32(hi));
+  }
+  static I32 multiply(I32 a, I32 b) { return _mm512_mullo_epi32(a, b); }
+  static I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+  static I32 shift_right(I32 a, int n) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128(n)); }
+  static size_t count_nonzero(const uint8_t* p, size_t n) {
+    size_t count = 0, i = 0;
+    for (; i + 64 <= n; i += 64) {
+      const __m512i v = _mm512_loadu_si512(p + i);
+      count += static_cast<size_t>(_mm_popcnt_u64(_mm512_test_epi8_mask(v, v)));
+    }
+    for (; i < n; ++i) count += p[i] != 0;
+    return count;
   }
   static I32 multiply_add(I32 acc, I32 a, I32 b) { return _mm512_add_epi32(acc, _mm512_mullo_epi32(a, b)); }
   static I32 more(I32 a, I32 b) { return _mm512_movm_epi32(_mm512_cmpgt_epi32_mask(a, b)); }
@@ -110,12 +128,12 @@ struct Avx512 {
   static I32 splat(int32_t v) { return _mm512_set1_epi32(v); }
   static I32 sub(I32 a, I32 b) { return _mm512_sub_epi32(a, b); }
   static I32 shift_left(I32 a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
-  // Overflow: both have the same sign, and the sum another one. It becomes INT32_MAX or INT32_MIN by the sign of a.
+  // Overflow: both have the same sign, and the sum another one. It becomes the limit on the other side.
   static I32 add_saturating(I32 a, I32 b) {
     const I32 sum = _mm512_add_epi32(a, b);
-    const I32 over = _mm512_andnot_si512(_mm512_xor_si512(a, b), _mm512_xor_si512(a, sum));
-    const I32 limit = _mm512_xor_si512(_mm512_srai_epi32(a, 31), _mm512_set1_epi32(INT32_MAX));
-    return _mm512_mask_mov_epi32(sum, _mm512_movepi32_mask(over), limit);
+    const I32 over = _mm512_ternarylogic_epi32(a, b, sum, 0x42);  // its sign: a and b agree, and the sum does not
+    return _mm512_mask_xor_epi32(sum, _mm512_movepi32_mask(over), _mm512_srai_epi32(sum, 31),
+                                 _mm512_set1_epi32(INT32_MIN));
   }
 };
 

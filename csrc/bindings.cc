@@ -99,13 +99,13 @@ class PreparedConv {
     conv_.shift = shift;
     conv_.weight = weight_.data(), conv_.pad_value = pad_value_.data();
     conv_.m = m_.data(), conv_.b = b_.data();
-    packed_.resize(kernels_.conv_packed_bytes(conv_));
-    conv_.packed = packed_.data();
-    if (!packed_.empty()) {
-      kernels_.conv_pack(conv_, packed_.data());
-      std::vector<int8_t>().swap(weight_);
-      conv_.weight = nullptr;
-    }
+    conv_.lo = lo, conv_.hi = hi;
+    describe_weights(conv_);
+    const ConvKernel& kernel = kernels_.conv[static_cast<int>(Variant::dense)];
+    packed_.resize((kernel.packed_bytes(conv_) + 63) / 64);
+    kernel.pack(conv_, packed_.data());
+    std::vector<int8_t>().swap(weight_);
+    conv_.weight = nullptr;
   }
   PreparedConv(const PreparedConv&) = delete;
 
@@ -122,7 +122,7 @@ class PreparedConv {
                 y.shape(3) == size_t(c.out_width) && y.shape(4) == size_t(c.outputs),
             "the output has the wrong shape");
     nb::gil_scoped_release release;
-    conv_images(kernels_, c, x.data(), size(x, 0, 2), static_cast<int32_t*>(y.data()), threads);
+    conv_images(kernels_, c, packed_.data(), x.data(), size(x, 0, 2), static_cast<int32_t*>(y.data()), threads);
   }
 
  private:
@@ -130,7 +130,10 @@ class PreparedConv {
   std::vector<int8_t> weight_;
   std::vector<int16_t> pad_value_;
   std::vector<int32_t> m_, b_;
-  std::vector<char> packed_;
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  std::vector<Line> packed_;
   Conv conv_{};
 };
 

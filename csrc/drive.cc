@@ -14,13 +14,14 @@ constexpr size_t kPiece = 1 << 14;  // elements of a cheap operation worth handi
 void* scratch(size_t bytes) {
   thread_local std::unique_ptr<char[]> memory;
   thread_local size_t size = 0;
+  constexpr size_t kAlign = 64;
   if (bytes > size) {
     memory.reset();
     size = 0;
-    memory.reset(new char[bytes]);
+    memory.reset(new char[bytes + kAlign]);
     size = bytes;
   }
-  return memory.get();
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + kAlign - 1) / kAlign * kAlign);
 }
 
 // Calls piece(first, count) on pieces of [0, total) of at least `least` elements.
@@ -52,12 +53,14 @@ void split_rows(size_t images, int height, int threads, Rows rows) {
 
 }  // namespace
 
-void conv_images(const Kernels& k, const Conv& c, const void* x, size_t images, int32_t* y, int threads) {
+void conv_images(const Kernels& k, const Conv& c, const void* packed, const void* x, size_t images, int32_t* y, int threads) {
   const size_t in = static_cast<size_t>(c.height) * c.width * c.channels;
   const size_t row = static_cast<size_t>(c.out_width) * c.outputs;
   split_rows(images, c.out_height, threads, [&](size_t image, int row0, int row1) {
-    k.conv(c, at(c.kind, x, image * in), row0, row1, y + (image * c.out_height + row0) * row,
-           scratch(k.conv_scratch_bytes(c, row1 - row0)));
+    const ConvKernel& conv = k.conv[static_cast<int>(Variant::dense)];
+    Epilogue e{};
+    e.out = y + (image * c.out_height + row0) * row;
+    conv.run(c, packed, at(c.kind, x, image * in), row0, row1, e, scratch(conv.scratch_bytes(c, row1 - row0)));
   });
 }
 

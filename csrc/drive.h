@@ -5,7 +5,7 @@
 
 namespace bitspike {
 
-void conv_images(const Kernels&, const Conv&, const void* x, size_t images, int32_t* y, int threads);
+void conv_images(const Kernels&, const Conv&, const void* packed, const void* x, size_t images, int32_t* y, int threads);
 void quantize_pixels(const Kernels&, const int32_t* x, size_t pixels, size_t channels, const int32_t* m,
                      bool per_channel, int shift, int32_t lo, int32_t hi, bool is_signed, void* y, int threads);
 void affine_pixels(const Kernels&, Kind, const void* x, size_t pixels, size_t channels, const int32_t* m,

@@ -10,15 +10,8 @@ template <class V>
 void quantize(const int32_t* x, size_t rows, size_t channels, const int32_t* m, bool per_channel, int shift, int32_t lo,
               int32_t hi, bool, void* y) {
   // u8 and s8 differ in lo and hi only: the low byte of the clipped code is the code in both.
-  uint8_t* to = static_cast<uint8_t*>(y);
-  const typename V::Scale scale(shift);
-  const typename V::Factor zero(int64_t{0}), one_m(int64_t{m[0]});
-  for (size_t r = 0; r < rows; ++r, x += channels, to += channels)
-    for (size_t c = 0; c < channels; c += V::kLanes) {
-      const int lanes = channels - c < V::kLanes ? static_cast<int>(channels - c) : V::kLanes;
-      const typename V::Factor factor = per_channel ? V::factor(m + c, lanes) : one_m;
-      V::store_codes(to + c, V::clip(V::requant(V::load(x + c, lanes), factor, zero, scale), lo, hi), lanes);
-    }
+  const Quantizer quantizer = {m, per_channel, shift, lo, hi};
+  finish<V>(x, rows, channels, {nullptr, nullptr, {quantizer, {}}, {static_cast<uint8_t*>(y), nullptr}, {}});
 }
 
 template <class V, class Load>
@@ -177,14 +170,18 @@ void ielif(const IeLif& p, const int32_t* x, size_t count, size_t x_stride, uint
   }
 }
 
+constexpr ConvKernel kNone = {[](const Conv&) { return false; }, nullptr, nullptr, nullptr, nullptr};
+
 // mean and lookup have no vector version: they are a small part of every network.
 template <class V>
 constexpr Kernels kernels(const char* name) {
   return {name,
-          conv_packed_bytes<V>,
-          conv_pack<V>,
-          conv_scratch_bytes<V>,
-          conv<V>,
+          {{[](const Conv&) { return true; }, conv_packed_bytes<V>, conv_pack<V>, conv_scratch_bytes<V>, conv_dense<V>},
+           kNone,
+           kNone,
+           kNone,
+           kNone},
+          finish<V>,
           quantize<V>,
           affine<V>,
           add<V>,

@@ -23,16 +23,65 @@ struct Conv {
   int out_height, out_width, outputs;
   int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, groups;
   Kind kind;                             // u8 or s8 input codes
+  int lo, hi;                            // every input code and pad_value lies in lo..hi; 0..255 or -128..127 always holds
   int shift;
-  const int8_t* weight;                  // [outputs, kernel_h, kernel_w, channels / groups]
-  const int16_t* pad_value;              // [channels], each within the range of `kind`
+  const int8_t* weight;                  // [outputs, kernel_h, kernel_w, channels / groups]; only `pack` reads it
+  const int16_t* pad_value;              // [channels]
   const int32_t* m;                      // [outputs]
   const int32_t* b;                      // [outputs]
-  const void* packed;                    // what conv_pack wrote; nullptr where conv_packed_bytes is 0
+  // What describe_weights found; the variants decide by it.
+  int weight_lo, weight_hi;              // smallest and largest weight
+  bool weight_pow2, weight_bipolar;      // every weight is 0 or +-2^e; every weight is -1 or +1
 
   int group_channels() const { return channels / groups; }
   int group_outputs() const { return outputs / groups; }
   bool depthwise() const { return groups == channels && outputs == channels; }
+};
+
+// Fills weight_lo .. weight_bipolar from `weight`. Call it once, before anything else sees the Conv.
+void describe_weights(Conv&);
+
+// y = clip(rshift(x * m[c], s), lo, hi): a neuron without memory, or the codes of an inner activation. u8 and s8 differ
+// in lo..hi only. m has one number per channel, or one (per_channel = false).
+struct Quantizer {
+  const int32_t* m;
+  bool per_channel;
+  int shift;
+  int32_t lo, hi;
+};
+
+// What becomes of a row of potentials x while it is still in registers:
+//   y = residual ? sat32(x + residual) : x;  out = y;  codes[i] = quantizer[i](y);  nonzero[i] += how many are not 0
+// Every pointer may be null (a null codes[i] skips that quantizer) and points at the first row that is written; rows are
+// contiguous: [rows, width, channels]. `out` may be `residual`; otherwise nothing overlaps. One thread, one nonzero.
+struct Epilogue {
+  const int32_t* residual;
+  int32_t* out;
+  Quantizer quantizer[2];
+  uint8_t* codes[2];
+  size_t* nonzero[2];
+};
+
+// The ways to compute one convolution. All that support it give the same integers.
+enum class Variant {
+  dense,     // every product: any convolution
+  narrow,    // as dense, with weights of 2 or 4 bits that stay packed in memory and are unpacked in registers
+  events,    // additions of weight rows, only for codes that are not 0: sparse u8 codes
+  popcount,  // AND and bit counts on planes of the codes: weights -1 and +1, u8 codes
+  shift,     // weights 0 and +-2^e: shifts and additions, no products
+};
+constexpr int kVariants = 5;
+const char* variant_name(Variant);  // "dense" ...
+
+struct ConvKernel {
+  bool (*supported)(const Conv&);        // by everything but the image's size; the others may be called only if true
+  // Weights are laid out once per instruction set and variant, whatever the size of the image; `packed` is aligned to 64
+  // bytes. m, b and the weights are copied into it; pad_value is not.
+  size_t (*packed_bytes)(const Conv&);
+  void (*pack)(const Conv&, void* packed);
+  // Output rows [row0, row1) of one image; `image` is its first row.
+  size_t (*scratch_bytes)(const Conv&, int rows);  // `scratch` is aligned to 64 bytes
+  void (*run)(const Conv&, const void* packed, const void* image, int row0, int row1, const Epilogue&, void* scratch);
 };
 
 // Window maximum over the pixels that exist; padding < kernel, so every window holds one.
@@ -65,13 +114,10 @@ struct IeLif {
 struct Kernels {
   const char* name;
 
-  // Weights are laid out once per instruction set; `packed` needs no alignment beyond malloc's.
-  size_t (*conv_packed_bytes)(const Conv&);
-  void (*conv_pack)(const Conv&, void* packed);
-  // Output rows [row0, row1) of one image. out: [row1 - row0, out_width, outputs].
-  size_t (*conv_scratch_bytes)(const Conv&, int rows);
-  void (*conv)(const Conv&, const void* image, int row0, int row1, int32_t* out, void* scratch);
+  ConvKernel conv[kVariants];            // by Variant; conv[0] (dense) supports everything
 
+  // The epilogue alone, for potentials that no convolution made: x is [rows, channels], what it writes too.
+  void (*finish)(const int32_t* x, size_t rows, size_t channels, const Epilogue&);
   // x: [rows, channels]; m has one number per channel. A single m: pass channels = 1 ... or rows = 1 with a longer row
   // and per_channel = false, which is the fast way. y is u8 or s8 by is_signed; lo and hi fit it.
   void (*quantize)(const int32_t* x, size_t rows, size_t channels, const int32_t* m, bool per_channel, int shift,
@@ -94,6 +140,9 @@ struct Kernels {
 };
 
 extern const Kernels kernels_scalar;
+
+// The rule for `supported` that every set starts from (scalar.cc); a set may support less, never more.
+bool may_support(Variant, const Conv&);
 
 // The scalar kernels that other sets borrow. (Their tables must be constants: code that runs when the module is loaded
 // must not use instructions the CPU may lack.)

@@ -1,4 +1,6 @@
 // The compiled definition of correct. No cleverness here: loops in the order of the equations.
+#include <string.h>
+
 #include "kernels.h"
 
 namespace bitspike {
@@ -22,17 +24,68 @@ void set_value(Kind kind, void* y, size_t i, int32_t v) {
   else static_cast<int32_t*>(y)[i] = v;
 }
 
-size_t conv_packed_bytes(const Conv&) { return 0; }
-void conv_pack(const Conv&, void*) {}
+// Packed, for every variant: m and b, int32 [outputs] each, then the weights as they were.
+size_t conv_packed_bytes(const Conv& c) {
+  return c.outputs * (2 * sizeof(int32_t) + static_cast<size_t>(c.kernel_h) * c.kernel_w * c.group_channels());
+}
+
+void conv_pack(const Conv& c, void* packed) {
+  int32_t* m = static_cast<int32_t*>(packed);
+  memcpy(m, c.m, c.outputs * sizeof(int32_t));
+  memcpy(m + c.outputs, c.b, c.outputs * sizeof(int32_t));
+  memcpy(m + 2 * c.outputs, c.weight, static_cast<size_t>(c.outputs) * c.kernel_h * c.kernel_w * c.group_channels());
+}
+
 size_t conv_scratch_bytes(const Conv&, int) { return 0; }
 
-void conv(const Conv& c, const void* image, int row0, int row1, int32_t* out, void*) {
+// Epilogue of element i, which belongs to channel c.
+void finish_one(const Epilogue& e, size_t i, size_t c, int32_t x) {
+  const int32_t y = e.residual ? sat32(int64_t{x} + e.residual[i]) : x;
+  if (e.out) e.out[i] = y;
+  for (int k = 0; k < 2; ++k) {
+    if (!e.codes[k]) continue;
+    const Quantizer& q = e.quantizer[k];
+    const int64_t code = clip(rshift(int64_t{y} * q.m[q.per_channel ? c : 0], q.shift), q.lo, q.hi);
+    e.codes[k][i] = static_cast<uint8_t>(code);
+    if (e.nonzero[k]) *e.nonzero[k] += code != 0;
+  }
+}
+
+void finish(const int32_t* x, size_t rows, size_t channels, const Epilogue& e) {
+  for (size_t r = 0; r < rows; ++r)
+    for (size_t c = 0; c < channels; ++c) finish_one(e, r * channels + c, c, x[r * channels + c]);
+}
+
+// What each variant makes of one code and one weight.
+int32_t multiply(int32_t x, int32_t w) { return x * w; }
+
+int32_t add_if_event(int32_t x, int32_t w) { return x ? x * w : 0; }
+
+// w is +1 or -1: every bit of x counts with its place value where w is +1; twice that, less x, is x * w.
+int32_t count_bits(int32_t x, int32_t w) {
+  int32_t ones = 0;
+  for (int plane = 0; plane < 8; ++plane) ones += ((x >> plane) & (w > 0)) << plane;
+  return 2 * ones - x;
+}
+
+int32_t shift_by_exponent(int32_t x, int32_t w) {
+  if (w == 0) return 0;
+  int exponent = 0;
+  while ((1 << exponent) < (w < 0 ? -w : w)) ++exponent;
+  const int32_t shifted = static_cast<int32_t>(static_cast<uint32_t>(x) << exponent);
+  return w < 0 ? -shifted : shifted;
+}
+
+template <int32_t (*term)(int32_t, int32_t)>
+void conv(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e, void*) {
   const int in = c.group_channels();
+  const int32_t *m = static_cast<const int32_t*>(packed), *b = m + c.outputs;
+  size_t at = 0;
   for (int oy = row0; oy < row1; ++oy)
     for (int ox = 0; ox < c.out_width; ++ox)
       for (int o = 0; o < c.outputs; ++o) {
         const int first = o / c.group_outputs() * in;
-        const int8_t* w = c.weight + static_cast<size_t>(o) * c.kernel_h * c.kernel_w * in;
+        const int8_t* w = reinterpret_cast<const int8_t*>(b + c.outputs) + static_cast<size_t>(o) * c.kernel_h * c.kernel_w * in;
         int32_t acc = 0;
         for (int ky = 0; ky < c.kernel_h; ++ky)
           for (int kx = 0; kx < c.kernel_w; ++kx) {
@@ -40,10 +93,16 @@ void conv(const Conv& c, const void* image, int row0, int row1, int32_t* out, vo
             const bool inside = y >= 0 && y < c.height && x >= 0 && x < c.width;
             const size_t pixel = inside ? (static_cast<size_t>(y) * c.width + x) * c.channels : 0;
             for (int i = 0; i < in; ++i)
-              acc += *w++ * (inside ? value(c.kind, image, pixel + first + i) : c.pad_value[first + i]);
+              acc += term(inside ? value(c.kind, image, pixel + first + i) : c.pad_value[first + i], *w++);
           }
-        *out++ = sat32(rshift(int64_t{acc} * c.m[o], c.shift) + c.b[o]);
+        finish_one(e, at++, o, sat32(rshift(int64_t{acc} * m[o], c.shift) + b[o]));
       }
+}
+
+template <Variant variant, int32_t (*term)(int32_t, int32_t)>
+constexpr ConvKernel conv_kernel() {
+  return {[](const Conv& c) { return may_support(variant, c); }, conv_packed_bytes, conv_pack, conv_scratch_bytes,
+          conv<term>};
 }
 
 void quantize(const int32_t* x, size_t rows, size_t channels, const int32_t* m, bool per_channel, int shift, int32_t lo,
@@ -150,9 +209,62 @@ void scalar_lookup(const uint8_t* x, size_t rows, size_t channels, const int8_t*
     for (size_t c = 0; c < channels; ++c) y[r * channels + c] = table[c * 256 + x[r * channels + c]];
 }
 
-constexpr Kernels kernels_scalar = {"scalar",    conv_packed_bytes, conv_pack,   conv_scratch_bytes,
-                                    conv,        quantize,          affine,      add,
-                                    maxpool,     attention_scratch_bytes, attention, scalar_mean,
-                                    lif,         ielif,             scalar_lookup};
+void describe_weights(Conv& c) {
+  const size_t count = static_cast<size_t>(c.outputs) * c.kernel_h * c.kernel_w * c.group_channels();
+  bool seen[256] = {};
+  for (size_t i = 0; i < count; ++i) seen[c.weight[i] + 128] = true;
+  c.weight_lo = 127, c.weight_hi = -128;
+  c.weight_pow2 = c.weight_bipolar = true;
+  for (int w = -128; w < 128; ++w) {
+    if (!seen[w + 128]) continue;
+    if (w < c.weight_lo) c.weight_lo = w;
+    if (w > c.weight_hi) c.weight_hi = w;
+    const int size = w < 0 ? -w : w;
+    if (size & (size - 1)) c.weight_pow2 = false;
+    if (size != 1) c.weight_bipolar = false;
+  }
+}
+
+const char* variant_name(Variant v) {
+  switch (v) {
+    case Variant::dense: return "dense";
+    case Variant::narrow: return "narrow";
+    case Variant::events: return "events";
+    case Variant::popcount: return "popcount";
+    case Variant::shift: return "shift";
+  }
+  return "";
+}
+
+bool may_support(Variant v, const Conv& c) {
+  if (v == Variant::dense) return true;
+  if (c.depthwise()) return false;  // one channel per output leaves nothing to pack, skip or count
+  const bool counts = c.kind == Kind::u8 && c.lo >= 0;
+  switch (v) {
+    case Variant::dense: return true;
+    case Variant::narrow: return c.weight_lo >= -8 && c.weight_hi <= 7;
+    case Variant::events: return counts;
+    case Variant::popcount: return counts && c.weight_bipolar && c.hi <= 15;
+    case Variant::shift: return c.weight_pow2;
+  }
+  return false;
+}
+
+constexpr Kernels kernels_scalar = {"scalar",
+                                    {conv_kernel<Variant::dense, multiply>(), conv_kernel<Variant::narrow, multiply>(),
+                                     conv_kernel<Variant::events, add_if_event>(),
+                                     conv_kernel<Variant::popcount, count_bits>(),
+                                     conv_kernel<Variant::shift, shift_by_exponent>()},
+                                    finish,
+                                    quantize,
+                                    affine,
+                                    add,
+                                    maxpool,
+                                    attention_scratch_bytes,
+                                    attention,
+                                    scalar_mean,
+                                    lif,
+                                    ielif,
+                                    scalar_lookup};
 
 }  // namespace bitspike

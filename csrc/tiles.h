@@ -11,15 +11,10 @@
 // calls no inline function of the standard library: the linker keeps one copy of such a function, and it could be the
 // copy a lesser CPU cannot run.
 #pragma once
-#include <string.h>
-
-#include "kernels.h"
+#include "finish.h"
 
 namespace bitspike {
 namespace {
-
-inline int at_most(int a, int b) { return a < b ? a : b; }
-inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 constexpr size_t kSlack = 64;  // codes that may be read, never used, past the end of scratch
 
@@ -138,8 +133,8 @@ void pad_rows(const Conv& c, const uint8_t* image, int first, int rows, int chan
 
 // kPixels x (N * kLanes) outputs. x: the first code of each pixel's window; `row` codes between rows of the window.
 template <class V, int N>
-void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* const* x, size_t row, int first, int pixels,
-                int32_t* const* y) {
+void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* const* x, size_t row, int first, int c_first, int pixels,
+                const size_t* y, const FinishVector<V>& write) {
   typename V::I32 acc[V::kPixels][N];
   for (int n = 0; n < N; ++n) {
     const typename V::I32 start = V::load(p.start + first + n * V::kLanes);
@@ -166,7 +161,7 @@ void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* cons
     const int o = first + n * V::kLanes, lanes = at_most(outputs - o, V::kLanes);
     const typename V::Factor m(p.m + o), b(p.b + o);
     for (int i = 0; i < V::kPixels; ++i)
-      if (i < pixels) V::store(y[i] + o, V::requant(acc[i][n], m, b, scale), lanes);
+      if (i < pixels) write(y[i] + o, c_first + o, lanes, V::requant(acc[i][n], m, b, scale));
   }
 }
 
@@ -187,8 +182,8 @@ struct Windows {
 };
 
 template <class V, bool kSigned>
-void depthwise(const Conv& c, const uint8_t* codes, int pixels, int32_t* out) {
-  const DepthwisePacking p(c, V::kLanes, c.packed);
+void depthwise(const Conv& c, const void* packed, const uint8_t* codes, int pixels, const FinishVector<V>& write) {
+  const DepthwisePacking p(c, V::kLanes, packed);
   const typename V::Scale scale(c.shift);
   const size_t row = padded_width(c) * c.channels;
   for (int first = 0; first < pixels; first += V::kPixels) {
@@ -208,15 +203,17 @@ void depthwise(const Conv& c, const uint8_t* codes, int pixels, int32_t* out) {
         }
       const typename V::Factor m(p.m + o), b(p.b + o);
       for (int i = 0; i < windows.count; ++i)
-        V::store(out + (static_cast<size_t>(first) + i) * c.outputs + o, V::requant(acc[i], m, b, scale),
-                 at_most(c.channels - o, V::kLanes));
+        write((static_cast<size_t>(first) + i) * c.outputs + o, o, at_most(c.channels - o, V::kLanes),
+              V::requant(acc[i], m, b, scale));
     }
   }
 }
 
 template <class V>
-void conv(const Conv& c, const void* image, int row0, int row1, int32_t* out, void* scratch) {
+void conv_dense(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e,
+                void* scratch) {
   using Code = typename V::Code;
+  const FinishVector<V> write(e, c.outputs);
   const uint8_t* in = static_cast<const uint8_t*>(image);
   const int pixels = (row1 - row0) * c.out_width;
   const int first_row = row0 * c.stride_h - c.pad_h, rows = (row1 - row0 - 1) * c.stride_h + c.kernel_h;
@@ -225,9 +222,9 @@ void conv(const Conv& c, const void* image, int row0, int row1, int32_t* out, vo
     pad_rows(c, in, first_row, rows, 0, c.channels, codes,
              [](uint8_t* to, const uint8_t* from, size_t n) { memcpy(to, from, n); },
              [](int16_t v) { return static_cast<uint8_t>(v); });
-    if (c.kind == Kind::s8) depthwise<V, true>(c, codes, pixels, out);
-    else depthwise<V, false>(c, codes, pixels, out);
-    return;
+    if (c.kind == Kind::s8) depthwise<V, true>(c, packed, codes, pixels, write);
+    else depthwise<V, false>(c, packed, codes, pixels, write);
+    return count_nonzero<V>(e, static_cast<size_t>(pixels) * c.outputs);
   }
   const int channels = c.group_channels(), outputs = c.group_outputs();
   const size_t row = padded_width(c) * channels;
@@ -241,7 +238,7 @@ void conv(const Conv& c, const void* image, int row0, int row1, int32_t* out, vo
                [=](int16_t v) { return static_cast<Code>(v + (is_signed ? V::kSignedOffset : 0)); });
       codes = to;
     }
-    const Packing<V> p(c, g, c.packed);
+    const Packing<V> p(c, g, packed);
     const int blocks = (outputs + V::kLanes - 1) / V::kLanes;
     for (int block = 0; block < blocks;) {
       // 4 vectors are better split 2 + 2 than 3 + 1.
@@ -249,19 +246,20 @@ void conv(const Conv& c, const void* image, int row0, int row1, int32_t* out, vo
       for (int first = 0; first < pixels; first += V::kPixels) {
         const Windows<V> windows(c, first, pixels, channels);
         const Code* x[8];
-        int32_t* y[8];
+        size_t y[8];
         for (int i = 0; i < 8; ++i) {
           x[i] = codes + windows.offset[i % V::kPixels];
-          y[i] = out + (static_cast<size_t>(first) + at_most(i, windows.count - 1)) * c.outputs + g * outputs;
+          y[i] = (static_cast<size_t>(first) + at_most(i, windows.count - 1)) * c.outputs + g * outputs;
         }
         const int o = block * V::kLanes;
-        if (V::kVectors == 3 && n == 3) conv_block<V, V::kVectors>(c, p, x, row, o, windows.count, y);
-        else if (n == 2) conv_block<V, 2>(c, p, x, row, o, windows.count, y);
-        else conv_block<V, 1>(c, p, x, row, o, windows.count, y);
+        if (V::kVectors == 3 && n == 3) conv_block<V, V::kVectors>(c, p, x, row, o, g * outputs, windows.count, y, write);
+        else if (n == 2) conv_block<V, 2>(c, p, x, row, o, g * outputs, windows.count, y, write);
+        else conv_block<V, 1>(c, p, x, row, o, g * outputs, windows.count, y, write);
       }
       block += n;
     }
   }
+  count_nonzero<V>(e, static_cast<size_t>(pixels) * c.outputs);
 }
 
 }  // namespace

@@ -1,0 +1,106 @@
+// What happens to potentials while they are in registers: residual, output, codes (see Epilogue in kernels.h), written
+// over the primitives `V` of tiles.h. A quantizer is brought into the cheapest form that is exact:
+//
+//   small   one positive m <= 2^(s-1): x is clipped to where the code still changes, so 32-bit products suffice
+//   fits    |m| < 2^s: the rounded product fits into 32 bits for every x, so nothing saturates before the clip
+//   any     products and saturation in 64 bits
+#pragma once
+#include <string.h>
+
+#include "kernels.h"
+
+namespace bitspike {
+namespace {
+
+inline int at_most(int a, int b) { return a < b ? a : b; }
+inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+template <class V>
+struct QuantizeVector {
+  enum class Form { small, fits, any } form = Form::any;
+  const int32_t* m;
+  bool per_channel;
+  int32_t lo, hi;
+  // small: clip to first..last, times `factor` unless it is 1, plus half, shifted right by `shift`
+  int32_t first = 0, last = 0, factor = 1, half = 0;
+  int shift = 0;
+  typename V::Scale scale;
+  typename V::Factor one;
+
+  QuantizeVector(const Quantizer& q, size_t channels)
+      : m(q.m), per_channel(q.per_channel), lo(q.lo), hi(q.hi), scale(q.shift), one(int64_t{q.m[0]}) {
+    int64_t most = 0;
+    for (size_t c = 0; c < (per_channel ? channels : 1); ++c) {
+      const int64_t size = m[c] < 0 ? -int64_t{m[c]} : m[c];
+      if (size > most) most = size;
+    }
+    if (q.shift >= 32 || most < int64_t{1} << q.shift) form = Form::fits;
+    const int64_t largest = hi > -int64_t{lo} ? hi : -int64_t{lo};
+    const bool fits32 = q.shift >= 1 && q.shift <= 30 && ((largest + 1) << q.shift) + 2 * most < INT32_MAX;
+    if (per_channel || m[0] <= 0 || !fits32 || most > int64_t{1} << (q.shift - 1)) return;
+    form = Form::small;
+    factor = m[0], shift = q.shift;
+    while (factor % 2 == 0 && shift > 1) factor /= 2, --shift;  // rshift(x * 2m, s + 1) = rshift(x * m, s) for s > 0
+    half = 1 << (shift - 1);
+    const int64_t top = int64_t{hi} << shift, bottom = int64_t{lo} * (int64_t{1} << shift);
+    last = static_cast<int32_t>(top / factor + (top % factor > 0));         // ceil: its code is hi
+    first = static_cast<int32_t>(bottom / factor - (bottom % factor < 0));  // floor: its code is lo
+  }
+
+  typename V::I32 operator()(typename V::I32 x, size_t channel, int lanes) const {
+    if (form == Form::small) {
+      x = V::clip(x, first, last);
+      if (factor != 1) x = V::multiply(x, V::splat(factor));
+      return V::shift_right(V::add(x, V::splat(half)), shift);
+    }
+    const typename V::Factor f = per_channel ? V::factor(m + channel, lanes) : one;
+    if (form == Form::fits) return V::clip(V::requant_fits(x, f, scale), lo, hi);
+    return V::clip(V::requant(x, f, V::no_bias(), scale), lo, hi);
+  }
+};
+
+template <class V>
+struct FinishVector {
+  const Epilogue& e;
+  QuantizeVector<V> first, second;
+
+  FinishVector(const Epilogue& epilogue, size_t channels)
+      : e(epilogue), first(used(epilogue, 0), channels), second(used(epilogue, 1), channels) {}
+
+  // Elements i .. i + lanes - 1, which belong to the channels from `channel` on.
+  void operator()(size_t i, size_t channel, int lanes, typename V::I32 x) const {
+    if (e.residual) x = V::add_saturating(x, V::load(e.residual + i, lanes));
+    if (e.out) V::store(e.out + i, x, lanes);
+    if (e.codes[0]) V::store_codes(e.codes[0] + i, first(x, channel, lanes), lanes);
+    if (e.codes[1]) V::store_codes(e.codes[1] + i, second(x, channel, lanes), lanes);
+  }
+
+  static const Quantizer& used(const Epilogue& epilogue, int k) {
+    static constexpr int32_t kOne = 1;
+    static constexpr Quantizer kNone = {&kOne, false, 1, 0, 1};
+    return epilogue.codes[k] ? epilogue.quantizer[k] : kNone;
+  }
+};
+
+// Codes are counted where they were written: bytes are read 4 times faster than potentials are tested.
+template <class V>
+void count_nonzero(const Epilogue& e, size_t count) {
+  for (int k = 0; k < 2; ++k)
+    if (e.codes[k] && e.nonzero[k]) *e.nonzero[k] += V::count_nonzero(e.codes[k], count);
+}
+
+template <class V>
+void finish(const int32_t* x, size_t rows, size_t channels, const Epilogue& e) {
+  const FinishVector<V> write(e, channels);
+  const bool one_row = (!e.codes[0] || !e.quantizer[0].per_channel) && (!e.codes[1] || !e.quantizer[1].per_channel);
+  const size_t width = one_row ? rows * channels : channels;
+  for (size_t i = 0; i < rows * channels; i += width)
+    for (size_t c = 0; c < width; c += V::kLanes) {
+      const int lanes = width - c < V::kLanes ? static_cast<int>(width - c) : V::kLanes;
+      write(i + c, c, lanes, V::load(x + i + c, lanes));
+    }
+  count_nonzero<V>(e, rows * channels);
+}
+
+}  // namespace
+}  // namespace bitspike
