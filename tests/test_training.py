@@ -10,10 +10,18 @@ import torch
 from torch import nn
 
 from bitspike.checkpoints import build, load_weights, resolved_spec, save_checkpoint, start_run
-from bitspike.data import load
+from bitspike.data import Arrays, Dataset, load
+from bitspike.evaluation import as_input
 from bitspike.layers import quantize_, quantizers
-from bitspike.neurons import IELIF, LIF
-from bitspike.objectives import classification_loss, first_nonfinite, spike_costs, spike_penalty
+from bitspike.neurons import IELIF, LIF, timewise
+from bitspike.objectives import (
+    classification_loss,
+    first_nonfinite,
+    prediction,
+    spike_costs,
+    spike_penalty,
+    temporal_loss,
+)
 from bitspike.optimizers import Average, learning_rate, make_optimizer, parameter_groups
 from bitspike.papers import all_recipes, find_recipe
 from bitspike.recipe import Recipe, RecipeError, differences
@@ -227,6 +235,57 @@ def test_loss_over_time_is_that_of_the_mean():
     assert torch.allclose(loss(y, logits, y), loss(y, logits.mean(0), y))
 
 
+def test_temporal_loss_is_the_mean_of_the_steps_losses():
+    logits, y = torch.randn(3, 4, 10), torch.tensor([1, 2, 3, 4])
+    loss, smooth = temporal_loss(RECIPE), temporal_loss(RECIPE.override({"label_smoothing": "0.1"}))
+    steps = [nn.functional.cross_entropy(one, y) for one in logits]
+    assert torch.allclose(loss(y, logits, y), sum(steps) / 3)
+    assert loss(y, logits, y) > classification_loss(RECIPE)(y, logits, y)  # cross entropy is convex
+    hot = nn.functional.one_hot(y, 10).float()
+    assert torch.allclose(smooth(y, logits[0], hot), smooth(y, logits[0], y))
+    assert torch.allclose(loss(y, (logits, logits[0]), y), (sum(steps) / 3 + steps[0]) / 2)
+
+
+def test_several_heads():
+    one, two, y = torch.randn(4, 10), torch.randn(3, 4, 10), torch.tensor([1, 2, 3, 4])
+    loss = classification_loss(RECIPE)
+    assert torch.allclose(loss(y, (one, two), y), (loss(y, one, y) + loss(y, two, y)) / 2)
+    assert torch.allclose(prediction((one, two)), (one + two.mean(0)) / 2)
+
+
+class Frames(nn.Module):
+    """A network for sequences of two-channel frames with two heads: [T, B, 2, 28, 28] -> in training a pair of logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.neuron = nn.Conv2d(2, 8, 5, 4), nn.BatchNorm2d(8), LIF(scale_input=False)
+        self.head, self.head2 = nn.Linear(8 * 36, 10), nn.Linear(8 * 36, 10)
+
+    def forward(self, x_TBCHW):
+        assert x_TBCHW.shape[0] == 3 and x_TBCHW.shape[2:] == (2, 28, 28)
+        s = self.neuron(timewise(self.norm, timewise(self.conv, x_TBCHW))).flatten(2)
+        logits = self.head(s), self.head2(s).mean(0)
+        return logits if self.training else prediction(logits)
+
+
+def test_sequences_of_frames_and_two_heads(tmp_path, data):
+    def recordings(split):
+        frames = split.images[:300, None].expand(-1, 3, 2, -1, -1).contiguous()
+        frames[:, :, 1] = 255 - frames[:, :, 1]
+        return Arrays(frames, split.labels[:300])
+
+    made = Dataset("frames", data.classes, *(recordings(s) for s in (data.train, data.val, data.test)), data.hash)
+    recipe = Recipe("frames", Frames, data="frames", image_size=28, mean=(0.3, 0.7), std=(0.35,), epochs=8, batch_size=50,
+                    lr=0.01, mixup=0.1, spike_penalty=0.01)
+    final = train(recipe, made, tmp_path)
+    assert final["test_n"] == 300 and final["test_top1"] > 60  # chance is 10
+    model, stored = load_run(tmp_path, recipe)
+    assert evaluate(model, stored, made)["top1"] == final["test_top1"]
+    images = as_input(normalise(made.test.images[:5], recipe))
+    assert images.shape == (3, 5, 2, 28, 28) and torch.allclose(
+        images[1, 2, 1], (made.test.images[2, 1, 1] / 255 - 0.7) / 0.35, atol=1e-5)
+
+
 def test_normalise_makes_three_channels():
     pixels = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8)
     recipe = RECIPE.override({"mean": "0.1,0.2,0.3", "std": "0.5"})
@@ -293,7 +352,7 @@ def test_binary_weights_are_annealed(tmp_path, data):
     spec = QuantSpec({"conv2": Scheme("binary", options={"gradient": "ir_net"})})
     train(Recipe(**{**vars(RECIPE), "bits": 32, "spec": spec, "epochs": 2}), data, tmp_path)
     model, _ = load_run(tmp_path)
-    assert float(model.conv2.parametrizations.weight[0].progress) == 0.5  # set at the start of the second of two epochs
+    assert float(model.conv2.parametrizations.weight[0].progress) == pytest.approx(75 / 76)  # set before the last of 76 steps
 
 
 def test_a_loss_that_is_not_finite(tmp_path, data):

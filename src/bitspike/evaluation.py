@@ -13,16 +13,20 @@ from torch import Tensor, nn
 from bitspike.data import DataError, Dataset, load
 from bitspike.data.loader import evaluation_batches
 from bitspike.layers import cached_weights
-from bitspike.objectives import SpikeCounts
+from bitspike.objectives import SpikeCounts, prediction
 from bitspike.recipe import Recipe, RecipeError
 
 
 def normalise(pixels: Tensor, recipe: Recipe) -> Tensor:
     """uint8 [B, C, H, W] -> float32: (pixel / 255 - mean) / std; one channel becomes as many as `mean` has.
 
+    Sequences of frames [B, T, C, H, W], as the data come, stay so: `as_input` turns them round for the model.
+
     >>> normalise(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), Recipe("x", nn.Identity, mean=(0.5,), std=(0.25,))).item()
     2.0
     """
+    if pixels.dim() == 5:
+        return normalise(pixels.flatten(0, 1), recipe).unflatten(0, pixels.shape[:2])
     B, C, H, W = pixels.shape
     C = max(C, len(recipe.mean))
     mean, std = (255 * torch.tensor(t).expand(C).repeat(W).to(pixels.device) for t in (recipe.mean, recipe.std))
@@ -30,6 +34,11 @@ def normalise(pixels: Tensor, recipe: Recipe) -> Tensor:
     rows = pixels.expand(B, C, H, W).permute(0, 2, 3, 1).reshape(B, H, W * C).float()
     images = rows.sub_(mean).div_(std).view(B, H, W, C).permute(0, 3, 1, 2)
     return images if recipe.channels_last else images.contiguous()
+
+
+def as_input(images: Tensor) -> Tensor:
+    """A batch of the data -> what models take: images [B, C, H, W] as they are, sequences [B, T, ...] as [T, B, ...]."""
+    return images.transpose(0, 1).contiguous() if images.dim() == 5 else images
 
 
 @torch.no_grad()
@@ -52,8 +61,7 @@ def evaluate(model: nn.Module, recipe: Recipe, data: Dataset | Path | str | None
         batches = evaluation_batches(dataset.split(split), recipe.image_size, batch_size, recipe.workers, rank, world)
         for pixels, labels in batches:
             with autocast(recipe, device):
-                logits = model(normalise(pixels.to(device), recipe))
-            mean = (logits.mean(0) if logits.dim() == 3 else logits).float()
+                mean = prediction(model(as_input(normalise(pixels.to(device), recipe)))).float()
             targets = labels.to(device)
             if mean.shape[1] != len(dataset.classes):
                 raise RecipeError(f"recipe {recipe.name!r}: its model has {mean.shape[1]} outputs, {recipe.data} has "

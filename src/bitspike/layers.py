@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -110,6 +111,14 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
         found = quantizer_of(layer)
         if found is not None:
             yield name, found
+
+
+def annealed_modules(model: nn.Module) -> list[Any]:
+    """Every module whose form follows the training: the training loop calls its `anneal(progress)`, 0..1, at each step.
+
+    What it sets must be a buffer, so that a checkpoint holds it.
+    """
+    return [module for module in model.modules() if callable(getattr(module, "anneal", None))]
 
 
 def cached_weights(model: nn.Module) -> AbstractContextManager[None]:

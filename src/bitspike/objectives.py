@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitspike.neurons import Neuron
-from bitspike.recipe import Loss, Recipe
+from bitspike.recipe import Loss, Output, Recipe
 
 
 def neurons(model: nn.Module) -> dict[str, Neuron]:
@@ -22,12 +22,47 @@ def neurons(model: nn.Module) -> dict[str, Neuron]:
     return {name: m for name, m in model.named_modules() if isinstance(m, Neuron)}
 
 
-def classification_loss(recipe: Recipe) -> Loss:
-    """Cross entropy of the logits (mean over time if they have a time axis), with the recipe's label smoothing."""
+def prediction(output: Output) -> Tensor:
+    """What a model returns -> logits [B, K]: the mean over its heads (a tuple) and over time (a third axis in front).
 
-    def loss(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        mean = logits.mean(0) if logits.dim() == 3 else logits
-        return F.cross_entropy(mean.float(), targets, label_smoothing=recipe.label_smoothing)
+    >>> prediction((torch.zeros(4, 2, 10), torch.ones(2, 10)))[0, 0].item()
+    0.5
+    """
+    if isinstance(output, tuple):
+        return torch.stack([prediction(head) for head in output]).mean(0)
+    return output.mean(0) if output.dim() == 3 else output
+
+
+def classification_loss(recipe: Recipe) -> Loss:
+    """Cross entropy with the recipe's label smoothing, of the prediction; of several heads the mean of their losses.
+
+    Logits with a time axis [T, B, K] are averaged over time first; `temporal_loss` is the other way round.
+    """
+
+    def loss(images: Tensor, output: Output, targets: Tensor) -> Tensor:
+        heads = output if isinstance(output, tuple) else (output,)
+        return torch.stack([F.cross_entropy(prediction(head).float(), targets, label_smoothing=recipe.label_smoothing)
+                            for head in heads]).mean()
+
+    return loss
+
+
+def temporal_loss(recipe: Recipe) -> Loss:
+    """Temporal efficient training (TET): the mean over time of each step's cross entropy, 1/T sum_t CE(logits[t], y).
+
+    Logits without a time axis are one step. The term that pulls the logits to a constant is not built (Q-SNN weighs it 0).
+    Source: Deng et al., ICLR 2022.
+    """
+
+    def loss(images: Tensor, output: Output, targets: Tensor) -> Tensor:
+        heads = output if isinstance(output, tuple) else (output,)
+        losses = []
+        for logits in heads:
+            logits_TBK = logits if logits.dim() == 3 else logits[None]
+            steps = (F.cross_entropy(logits_BK.float(), targets, label_smoothing=recipe.label_smoothing)
+                     for logits_BK in logits_TBK)
+            losses.append(torch.stack(list(steps)).mean())
+        return torch.stack(losses).mean()
 
     return loss
 
@@ -121,9 +156,10 @@ class _FollowSpikes(TorchDispatchMode):
 
 
 @torch.no_grad()
-def spike_costs(model: nn.Module, image_BCHW: Tensor) -> dict[str, float]:
+def spike_costs(model: nn.Module, images: Tensor) -> dict[str, float]:
     """Neuron -> multiply-accumulates per image that its output takes part in (0 for a neuron nobody multiplies).
 
+    images: what the model takes, [B, C, H, W] or [T, B, C, H, W].
     Measured on a copy of the model, so that nothing in it changes. A product of two spike tensors counts half for each.
     """
     probe = copy.deepcopy(model).eval()
@@ -131,8 +167,9 @@ def spike_costs(model: nn.Module, image_BCHW: Tensor) -> dict[str, float]:
     with _FollowSpikes() as follow:
         for name, neuron in found.items():
             neuron.register_forward_hook(lambda module, inputs, output, name=name: follow.mark(output, name))
-        probe(image_BCHW)
-    return {name: follow.macs.get(name, 0.0) / len(image_BCHW) for name in found}
+        probe(images)
+    batch = images.shape[1] if images.dim() == 5 else len(images)
+    return {name: follow.macs.get(name, 0.0) / batch for name in found}
 
 
 def spike_penalty(counts: dict[str, Tensor], costs: dict[str, float]) -> Tensor:

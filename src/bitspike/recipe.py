@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from bitspike.spec import QuantSpec, Scheme
 
-#: (images normalised [B, C, H, W], logits [B, K] or [T, B, K], targets [B] or [B, K]) -> scalar loss
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: logits [B, K], or of every time step [T, B, K]; a tuple of them for a model with several heads
+Output = Tensor | tuple[Tensor, ...]
+#: (images normalised [B, C, H, W] or sequences [T, B, C, H, W], the model's output, targets [B] or [B, K]) -> scalar loss
+Loss = Callable[[Tensor, Output, Tensor], Tensor]
 
 
 class RecipeError(ValueError):
@@ -33,11 +35,12 @@ class RecipeError(ValueError):
 class Recipe:
     """One training run.
 
-    Model: `model(**model_options)` gives the full-precision network, input float [B, C, H, W], output logits [B, K] or
-    [T, B, K]; `spec` says which layer is quantized how; without one, `bits` quantizes every layer: 32 not at all, 1 with
+    Model: `model(**model_options)` gives the full-precision network, input float [B, C, H, W] or, where the data are
+    sequences of frames, [T, B, C, H, W]; output logits [B, K], of every step [T, B, K], or a tuple of such, one a head.
+    `spec` says which layer is quantized how; without one, `bits` quantizes every layer: 32 not at all, 1 with
     `Scheme("binary")`, 2..8 with `Scheme(scheme, bits)`.
-    Data: uint8 pixels; the model sees (pixel / 255 - mean) / std; grey images with three means become three channels.
-    `train_on="train+val"` uses the held-out part too; then nothing is measured until the test at the end.
+    Data: uint8 pixels or frames; the model sees (pixel / 255 - mean) / std; grey images with three means become three
+    channels. `train_on="train+val"` uses the held-out part too; then nothing is measured until the test at the end.
     Steps: `batch_size` is that of one optimizer step, over all processes and `accumulate` parts.
     objective: `objective(model, recipe, loss) -> loss` lets a paper replace the loss; it is called once, with the model on
     its device, so it may load a `teacher`, hook layers, and weigh its term by `distill`.

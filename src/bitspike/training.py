@@ -36,8 +36,8 @@ from bitspike.checkpoints import (
 from bitspike.data import Arrays, DataError, Dataset, Files, load
 from bitspike.data.loader import FileBatches
 from bitspike.data.pipeline import ArrayBatches, Augment, Batches, mix, seed_globals, seed_of
-from bitspike.evaluation import evaluate, normalise
-from bitspike.layers import quantizers
+from bitspike.evaluation import as_input, evaluate, normalise
+from bitspike.layers import annealed_modules
 from bitspike.models.published import PublishedWeightsError
 from bitspike.objectives import (
     NonFinite,
@@ -50,7 +50,6 @@ from bitspike.objectives import (
 )
 from bitspike.optimizers import Average, learning_rate, make_optimizer
 from bitspike.progress import Reporter, duration
-from bitspike.quantizers import Binary
 from bitspike.recipe import Recipe, RecipeError
 from bitspike.spec import SpecError
 
@@ -119,7 +118,7 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
     if recipe.objective is not None:
         objective = recipe.objective(model, recipe, objective)
     counts = SpikeCounts(model) if recipe.spike_penalty else None
-    bare = model
+    bare, annealed = model, annealed_modules(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     if folder and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(stored["scaler"])
@@ -149,9 +148,8 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
             epoch = step // per_epoch
             if step % per_epoch == 0 or step == state["step"]:
                 model.train()
-                for _, quantizer in quantizers(bare):
-                    if isinstance(quantizer, Binary):
-                        quantizer.anneal(epoch / recipe.epochs)
+            for module in annealed:
+                module.anneal(step / steps)
             rate = learning_rate(recipe, step, steps, per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
@@ -163,6 +161,7 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
                 if epoch < recipe.mixup_off_epoch or recipe.mixup_off_epoch == 0:
                     images, targets = mix(images, targets, len(data.classes), recipe.mixup, recipe.cutmix,
                                           (recipe.seed, "mix", step))
+                images = as_input(images)
                 seed_globals(seed_of(recipe.seed, step, rank, part))  # dropout and the like: exact from any step on
                 with accelerator.accumulate(model):
                     loss = objective(images, model(images), targets)
@@ -305,9 +304,9 @@ def _working_model(recipe: Recipe, data: Dataset) -> nn.Module:
 
 
 def _example(recipe: Recipe, data: Dataset, device: torch.device) -> Tensor:
-    channels = data.train.image(0).shape[0]
-    blank = torch.zeros(1, channels, recipe.image_size, recipe.image_size, dtype=torch.uint8)
-    return normalise(blank.to(device), recipe)
+    axes = data.train.image(0).shape[:-2]  # channels, or time steps and channels
+    blank = torch.zeros(1, *axes, recipe.image_size, recipe.image_size, dtype=torch.uint8)
+    return as_input(normalise(blank.to(device), recipe))
 
 
 def _mean(value: float, accelerator: Accelerator) -> float:

@@ -43,7 +43,7 @@ from bitspike.models.compact_spikeformer import SpikeAttention
 from bitspike.models.meta_spikeformer import Attention, MetaSpikeFormer, published_name
 from bitspike.models.published import PublishedWeightsError, read_weights
 from bitspike.neurons import IELIF, LIF
-from bitspike.recipe import Loss, Recipe, RecipeError
+from bitspike.recipe import Loss, Output, Recipe, RecipeError
 
 __all__ = ["RECIPES", "QKVTaps", "as_ann", "fine_grained_distillation", "fine_grained_loss", "start_from"]
 
@@ -176,7 +176,7 @@ def fine_grained_distillation(model: nn.Module, recipe: Recipe, loss: Loss) -> L
     student_taps, teacher_taps = QKVTaps(model), QKVTaps(teacher)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
 
-    def distilled(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    def distilled(images: Tensor, logits: Output, targets: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             teacher(images)
         with torch.autocast(device.type, enabled=False):
