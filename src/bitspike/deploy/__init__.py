@@ -5,8 +5,9 @@
     >>> logits = net(images)           # uint8 [B, 32, 32, 3] -> float32 [B, 10]   # doctest: +SKIP
 """
 from bitspike.deploy import kernels
-from bitspike.deploy.errors import ArtifactError, ImageError
+from bitspike.deploy.errors import ArtifactError, ImageError, StepError
 from bitspike.deploy.preprocess import read_image
 from bitspike.deploy.runtime import Net, load
+from bitspike.deploy.steps import Steps
 
-__all__ = ["ArtifactError", "ImageError", "Net", "kernels", "load", "read_image"]
+__all__ = ["ArtifactError", "ImageError", "Net", "StepError", "Steps", "kernels", "load", "read_image"]

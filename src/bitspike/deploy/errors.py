@@ -12,3 +12,7 @@ class ImageError(ValueError):
 
 class KernelError(ValueError):
     """A set of kernels that this build or this CPU does not have."""
+
+
+class StepError(ValueError):
+    """A network that cannot run step by step, or one step too many."""

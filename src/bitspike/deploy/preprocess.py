@@ -79,8 +79,8 @@ def read_image(source: str | os.PathLike[str] | Image, input: Mapping[str, Any])
     name = "the picture" if isinstance(source, pillow.Image) else os.fspath(source)
     height, width, channels = input["height"], input["width"], input["channels"]
     if channels not in (1, 3) or input.get("steps", 1) != 1:
-        raise ImageError(f"{name}: this network reads {input.get('steps', 1)} frames of {channels} channels, no picture. Give it "
-                         "event frames, uint8 [T, B, H, W, C]")
+        raise ImageError(f"{name}: this network reads {input.get('steps', 1)} frames of {channels} channels, no picture. Give "
+                         "it event frames, uint8 [T, B, H, W, C]")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
