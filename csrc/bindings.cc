@@ -292,9 +292,14 @@ std::vector<std::string> available() {
 }  // namespace
 }  // namespace bitspike
 
+namespace bitspike {
+void bind_plan(nb::module_&);  // bind_plan.cc
+}
+
 NB_MODULE(_kernels, m) {
   using namespace bitspike;
   m.doc() = "Integer kernels; see csrc/kernels.h. Use bitspike.deploy.kernels, which adds the numpy definitions.";
+  bind_plan(m);
   m.def("available", &available, "Names of the kernel sets this CPU can run, best last.");
   // noconvert: a wrong dtype is an error, never a silent copy (and a copy of y would lose the result).
   const auto x = "x"_a.noconvert(), y = "y"_a.noconvert();

@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -12,61 +13,59 @@
 namespace bitspike {
 namespace {
 
+constexpr auto kAwake = std::chrono::microseconds(100);  // a worker waits so long for more before it sleeps
+
 class Workers {
  public:
   std::mutex use;  // held by the call that has the workers
 
-  void run(size_t tasks, int helpers, const std::function<void(size_t)>& task) {
+  void run(int helpers, const std::function<void(int)>& work) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       try {
-        for (; count_ < helpers; ++count_) std::thread(&Workers::work, this, count_, job_).detach();
+        for (; count_ < helpers; ++count_) std::thread(&Workers::live, this, job_.load()).detach();
       } catch (const std::system_error&) {
         // No more threads to be had: the ones there are, and the caller, do it all.
       }
-      task_ = &task;
-      tasks_ = tasks;
-      next_ = 0;
-      wanted_ = helpers < count_ ? helpers : count_;
-      busy_ = wanted_;
-      ++job_;
+      work_ = &work;
+      joined_ = 0;
+      places_ = helpers;
+      job_.fetch_add(1, std::memory_order_release);
+      if (asleep_) start_.notify_all();
     }
-    start_.notify_all();
-    take_all(task, tasks);
+    work(0);
     std::unique_lock<std::mutex> lock(mutex_);
+    places_ = 0;  // whoever wakes up now is too late
     done_.wait(lock, [this] { return busy_ == 0; });
   }
 
  private:
-  void take_all(const std::function<void(size_t)>& task, size_t tasks) {
-    for (size_t i; (i = next_.fetch_add(1)) < tasks;) task(i);
-  }
-
-  void work(int index, unsigned long seen) {
+  void live(unsigned long seen) {
     for (;;) {
-      const std::function<void(size_t)>* task;
-      size_t tasks;
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        start_.wait(lock, [&] { return job_ != seen; });
-        seen = job_;
-        if (index >= wanted_) continue;
-        task = task_;
-        tasks = tasks_;
-      }
-      take_all(*task, tasks);
-      std::lock_guard<std::mutex> lock(mutex_);
+      const auto until = std::chrono::steady_clock::now() + kAwake;
+      while (job_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
+        std::this_thread::yield();
+      std::unique_lock<std::mutex> lock(mutex_);
+      ++asleep_;
+      start_.wait(lock, [&] { return job_.load(std::memory_order_relaxed) != seen; });
+      --asleep_;
+      seen = job_.load(std::memory_order_relaxed);
+      if (joined_ >= places_) continue;
+      const int index = ++joined_;
+      ++busy_;
+      const std::function<void(int)>& work = *work_;
+      lock.unlock();
+      work(index);
+      lock.lock();
       if (--busy_ == 0) done_.notify_one();
     }
   }
 
-  std::mutex mutex_;
+  std::mutex mutex_;  // of everything below; job_ is also read without it
   std::condition_variable start_, done_;
-  std::atomic<size_t> next_{0};
-  const std::function<void(size_t)>* task_ = nullptr;
-  size_t tasks_ = 0;
-  int count_ = 0, wanted_ = 0, busy_ = 0;
-  unsigned long job_ = 0;
+  std::atomic<unsigned long> job_{0};
+  const std::function<void(int)>* work_ = nullptr;
+  int count_ = 0, asleep_ = 0, places_ = 0, joined_ = 0, busy_ = 0;
 };
 
 // Never destroyed: the workers are detached and may outlive static destructors. A forked child has none of the parent's
@@ -95,18 +94,24 @@ Workers* get_workers() {
 
 }  // namespace
 
-void parallel_for(size_t tasks, int threads, const std::function<void(size_t)>& task) {
-  const size_t most = threads < 1 ? 1 : static_cast<size_t>(threads);
-  const int helpers = static_cast<int>((tasks < most ? tasks : most)) - 1;
-  if (helpers > 0) {
+void team(int threads, const std::function<void(int)>& work) {
+  if (threads > 1) {
     Workers* pool = get_workers();
     std::unique_lock<std::mutex> held(pool->use, std::try_to_lock);
     if (held.owns_lock()) {
-      pool->run(tasks, helpers, task);
+      pool->run(threads - 1, work);
       return;
     }
   }
-  for (size_t i = 0; i < tasks; ++i) task(i);
+  work(0);
+}
+
+void parallel_for(size_t tasks, int threads, const std::function<void(size_t)>& task) {
+  const size_t most = threads < 1 ? 1 : static_cast<size_t>(threads);
+  std::atomic<size_t> next{0};
+  team(static_cast<int>(tasks < most ? tasks : most), [&](int) {
+    for (size_t i; (i = next.fetch_add(1)) < tasks;) task(i);
+  });
 }
 
 }  // namespace bitspike

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -205,6 +205,11 @@ def get(name: str) -> KernelSet:
         hint = "" if _kernels is not None else " (the compiled extension is not installed)"
         raise KernelError(f"kernels: there is no set {name!r} here. Available: {', '.join(_SETS)}{hint}")
     return _SETS[name]
+
+
+def extension(name: str) -> Any:
+    """The compiled module, if the kernel set `name` is in it."""
+    return None if name == "numpy" else _kernels
 
 
 def use(name: str) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitspike.deploy import artifact, kernels, ops
+from bitspike.deploy import artifact, kernels, ops, plan
 from bitspike.deploy.errors import ArtifactError
 from bitspike.deploy.ops import Array
 from bitspike.deploy.program import Op, Program
 
 ZOO = Path(__file__).parent / "zoo"
 CHUNK_BYTES = 4 << 20  # values alive at once, per thread; more would leave the caches and gain nothing
+
+_NO_TIMES = np.empty(0)
 
 #: one op bound to its kernels: (inputs, threads) -> output
 _Step = Callable[[list[Array], int], Array]
@@ -63,6 +65,7 @@ class Net:
     def __init__(self, source: artifact.Artifact) -> None:
         self._artifact = source
         self._bound: dict[str, list[_Step]] = {}
+        self._built: dict[str, plan.Build | None] = {}
 
     @property
     def header(self) -> Mapping[str, Any]:
@@ -107,8 +110,12 @@ class Net:
             ValueError: they have another shape, or `threads` is less than 1.
         """
         images, count = self._check(images, threads)
-        program = self.program
         logits = np.empty((images.shape[1], len(self.header["classes"])), np.float32)
+        built = self._plan()
+        if built is not None and built.complete:
+            built.plan.run(images, logits, count, _NO_TIMES)
+            return logits
+        program = self.program
         chunk = max(1, CHUNK_BYTES * count // program.live_bytes)
         steps = self._steps()
         for first in range(0, images.shape[1], chunk):
@@ -164,6 +171,15 @@ class Net:
         if not 1 <= count <= 1024:
             raise ValueError(f"threads: found {count}; 1..1024 are allowed")
         return np.ascontiguousarray(images), count
+
+    def _plan(self) -> plan.Build | None:
+        """The program laid out for the kernels in use; None for numpy."""
+        name = kernels.active()
+        if name not in self._built:
+            extension = kernels.extension(name)
+            layout = None if extension is None else plan.lay_out(self.program)
+            self._built[name] = None if layout is None else plan.Build(layout, extension, name, self.header["fraction_bits"])
+        return self._built[name]
 
     def _steps(self) -> list[_Step]:
         """The ops bound to the kernels in use; weights are laid out for a set of kernels when it is first used."""

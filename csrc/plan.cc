@@ -1,0 +1,514 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <deque>
+#include <exception>
+#include <new>
+#include <thread>
+
+#include "choice.h"
+#include "pool.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace bitspike {
+namespace {
+
+constexpr size_t kTileBytes = 192 << 10;   // what a tile reads and writes: a part of any second-level cache
+constexpr size_t kGroupBytes = 512 << 10;  // arena of a group: images are taken together while they fit
+constexpr size_t kMostImages = 64;         // in a group
+constexpr size_t kHugePage = 2 << 20;
+constexpr float kForget = 0.25f;           // share of the newest call in the moving density
+
+size_t rounded(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+Memory::~Memory() { std::free(data_); }
+
+char* Memory::get(size_t bytes) {
+  if (bytes <= size_) return data_;
+  std::free(data_);
+  data_ = nullptr;
+  size_ = 0;
+  const size_t unit = bytes >= 2 * kHugePage ? kHugePage : 64, size = rounded(bytes, unit);
+#ifdef _WIN32
+  data_ = static_cast<char*>(_aligned_malloc(size, unit));
+#else
+  data_ = static_cast<char*>(std::aligned_alloc(unit, size));
+#endif
+  if (!data_) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (unit == kHugePage) madvise(data_, size, MADV_HUGEPAGE);  // a wish: fewer pages to fault in and to look up
+#endif
+  size_ = size;
+  return data_;
+}
+
+struct Plan::Stage {
+  int height, width, parts;  // parts: 0 for flat
+  size_t unit_bytes = 0;     // read and written per part, or per position
+  size_t local_bytes = 0;    // of scratch per position
+  std::vector<Step> steps;
+};
+
+struct Plan::Layered {
+  Conv conv;
+  int stage, input;
+  int forced = -1;
+  std::array<Memory, kVariants> packed;
+  std::array<std::atomic<bool>, kVariants> ready{};
+};
+
+struct Plan::Workspace {
+  Memory arena;
+  std::deque<Scratch> scratch;  // by thread; may be more than the threads of this call
+  std::vector<Variant> variants;
+};
+
+// The first exception of any thread (memory may run out), for the caller.
+class Failure {
+ public:
+  template <class Work>
+  void guard(Work work) {
+    try {
+      work();
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!first_) first_ = std::current_exception();
+    }
+  }
+  void rethrow() {
+    if (first_) std::rethrow_exception(first_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr first_;
+};
+
+// What threads share while they work on one group: no thread waits for another one, only for tiles to be done.
+struct Plan::Team {
+  std::vector<std::atomic<size_t>> next, left;  // by stage
+  Failure failure;
+  explicit Team(size_t stages) : next(stages), left(stages) {}
+};
+
+Plan::Plan(const Kernels& kernels) : kernels_(kernels) {}
+Plan::~Plan() = default;
+
+int Plan::value(const Value& v) {
+  values_.push_back(v);
+  density_.push_back(-1);
+  return static_cast<int>(values_.size()) - 1;
+}
+
+int Plan::stage(int height, int width, int parts) {
+  stages_.push_back(std::make_unique<Stage>());
+  stages_.back()->height = height, stages_.back()->width = width, stages_.back()->parts = parts;
+  return stages() - 1;
+}
+
+void Plan::add(Step step, std::initializer_list<int> operands) {
+  Stage& s = *stages_.back();
+  s.steps.push_back(std::move(step));
+  for (const int i : operands) {
+    if (i < 0) continue;
+    const Value& v = values_[i];
+    const size_t bytes = v.steps * v.position_bytes();
+    s.unit_bytes += s.parts ? bytes * v.positions() / s.parts : bytes;
+    if (v.where == Value::Where::tile) s.local_bytes = std::max(s.local_bytes, v.offset + rounded(bytes, 64));
+  }
+}
+
+char* Plan::image(const Value& v, const Group& g, size_t image, int step) const {
+  const size_t t = v.steps == 1 ? 0 : step, bytes = v.positions() * v.position_bytes();
+  if (v.where == Value::Where::pixels)
+    return const_cast<char*>(reinterpret_cast<const char*>(g.pixels)) + (t * g.total + g.first + image) * bytes;
+  return g.arena + v.offset * g.images + (t * g.images + image) * bytes;
+}
+
+char* Plan::place(const Value& v, const Group& g, const Tile& tile, size_t capacity, Scratch& s, int step) const {
+  if (v.where != Value::Where::tile) return image(v, g, 0, step) + tile.first * v.position_bytes();
+  const size_t t = v.steps == 1 ? 0 : step;
+  return s.tile.get(0) + v.offset * capacity + t * capacity * v.position_bytes();
+}
+
+Epilogue Plan::epilogue(const Finish& f, const Group& g, const Tile& tile, size_t capacity, Scratch& s, int step) const {
+  Epilogue e{};
+  if (f.residual >= 0)
+    e.residual = reinterpret_cast<int32_t*>(place(values_[f.residual], g, tile, capacity, s, step));
+  if (f.out >= 0) e.out = reinterpret_cast<int32_t*>(place(values_[f.out], g, tile, capacity, s, step));
+  for (size_t i = 0; i < f.codes.size(); ++i) {
+    const Codes& c = f.codes[i];
+    e.quantizer[i] = {c.m.data(), c.m.size() > 1, c.shift, c.lo, c.hi};
+    e.codes[i] = reinterpret_cast<uint8_t*>(place(values_[c.value], g, tile, capacity, s, step));
+    e.nonzero[i] = &s.nonzero[c.value];
+  }
+  return e;
+}
+
+void Plan::conv(int x, const Conv& given, const Finish& f) {
+  layers_.push_back(std::make_unique<Layered>());
+  Layered& layer = *layers_.back();
+  layer.conv = given;
+  layer.stage = stages() - 1;
+  layer.input = x;
+  const Stage& stage = *stages_.back();
+  Conv& c = layer.conv;
+  c.height = values_[x].height, c.width = values_[x].width;
+  c.out_height = stage.height, c.out_width = stage.width;
+  describe_weights(c);
+  const size_t index = layers_.size() - 1;
+  const int steps = values_[x].steps;
+  const bool flat = !stage.parts;
+  const auto run = [this, &layer, index, x, f, steps, flat](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    const Variant variant = (*g.variants)[index];
+    const ConvKernel& k = kernels_.conv[static_cast<int>(variant)];
+    const void* packed = layer.packed[static_cast<int>(variant)].get(0);
+    Conv c = layer.conv;
+    if (flat) c.height = c.out_height = 1, c.width = c.out_width = static_cast<int>(tile.count);
+    const int row0 = flat ? 0 : tile.row0, row1 = flat ? 1 : tile.row1;
+    void* scratch = s.kernel.get(k.scratch_bytes(c, row1 - row0));
+    for (int t = 0; t < steps; ++t) {
+      const char* from = flat ? place(values_[x], g, tile, capacity, s, t) : image(values_[x], g, tile.image, t);
+      k.run(c, packed, from, row0, row1, epilogue(f, g, tile, capacity, s, t), scratch);
+    }
+  };
+  add(run, {x, f.residual, f.out, f.codes.size() > 0 ? f.codes[0].value : -1, f.codes.size() > 1 ? f.codes[1].value : -1});
+}
+
+void Plan::finish(int x, const Finish& f) {
+  int steps = values_[x].steps;
+  if (f.residual >= 0) steps = std::max(steps, values_[f.residual].steps);
+  const size_t channels = values_[x].channels;
+  const auto run = [this, x, f, steps, channels](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    for (int t = 0; t < steps; ++t)
+      kernels_.finish(reinterpret_cast<int32_t*>(place(values_[x], g, tile, capacity, s, t)), tile.count, channels,
+                      epilogue(f, g, tile, capacity, s, t));
+  };
+  add(run, {x, f.residual, f.out, f.codes.size() > 0 ? f.codes[0].value : -1, f.codes.size() > 1 ? f.codes[1].value : -1});
+}
+
+void Plan::affine(int x, std::vector<int32_t> m, std::vector<int32_t> b, int shift, int y) {
+  const auto run = [this, x, m, b, shift, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    const size_t channels = values_[x].channels;
+    const bool each = m.size() > 1;
+    for (int t = 0; t < values_[x].steps; ++t)
+      kernels_.affine(values_[x].kind, place(values_[x], g, tile, capacity, s, t), each ? tile.count : 1,
+                      each ? channels : channels * tile.count, m.data(), b.data(), each, shift,
+                      reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, t)));
+  };
+  add(run, {x, y});
+}
+
+void Plan::lookup(int x, const int8_t* table, int y) {
+  const auto run = [this, x, table, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    for (int t = 0; t < values_[x].steps; ++t)
+      kernels_.lookup(reinterpret_cast<uint8_t*>(place(values_[x], g, tile, capacity, s, t)), tile.count,
+                      values_[x].channels, table, reinterpret_cast<int8_t*>(place(values_[y], g, tile, capacity, s, t)));
+  };
+  add(run, {x, y});
+}
+
+namespace {
+
+// Elements from one time step of an operand to the next; 0 for one step that all share.
+size_t stride(const Value& v, const char* step0, const char* step1) {
+  return v.steps == 1 ? 0 : static_cast<size_t>(step1 - step0) / bytes_of(v.kind);
+}
+
+}  // namespace
+
+void Plan::lif(int x, const Lif& p, int y) {
+  const auto run = [this, x, p, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    const Value &vx = values_[x], &vy = values_[y];
+    const char* from = place(vx, g, tile, capacity, s, 0);
+    char* to = place(vy, g, tile, capacity, s, 0);
+    kernels_.lif(p, reinterpret_cast<const int32_t*>(from), tile.count * vx.channels,
+                 stride(vx, from, place(vx, g, tile, capacity, s, 1)), reinterpret_cast<uint8_t*>(to),
+                 stride(vy, to, place(vy, g, tile, capacity, s, 1)));
+  };
+  add(run, {x, y});
+}
+
+void Plan::ielif(int x, const IeLif& p, int y) {
+  const auto run = [this, x, p, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    const Value &vx = values_[x], &vy = values_[y];
+    const char* from = place(vx, g, tile, capacity, s, 0);
+    char* to = place(vy, g, tile, capacity, s, 0);
+    kernels_.ielif(p, reinterpret_cast<const int32_t*>(from), tile.count * vx.channels,
+                   stride(vx, from, place(vx, g, tile, capacity, s, 1)), reinterpret_cast<uint8_t*>(to),
+                   stride(vy, to, place(vy, g, tile, capacity, s, 1)));
+  };
+  add(run, {x, y});
+}
+
+void Plan::mean_time(int x, int32_t m, int y) {
+  const auto run = [this, x, m, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    const Value& v = values_[x];
+    const char* from = place(v, g, tile, capacity, s, 0);
+    kernels_.mean(v.kind, from, v.steps, tile.count * v.channels, stride(v, from, place(v, g, tile, capacity, s, 1)), m,
+                  reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, 0)));
+  };
+  add(run, {x, y});
+}
+
+void Plan::maxpool(int x, const Pool& p, int y) {
+  const auto run = [this, x, p, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    for (int t = 0; t < values_[x].steps; ++t)
+      kernels_.maxpool(p, image(values_[x], g, tile.image, t), tile.row0, tile.row1,
+                       place(values_[y], g, tile, capacity, s, t));
+  };
+  add(run, {x, y});
+}
+
+void Plan::attention(int q, int k, int v, int heads, int32_t m, int shift, int y) {
+  const Value& out = values_[y];
+  const Attention a{static_cast<int>(out.positions()), out.channels, out.channels / heads, m, shift};
+  const int steps = out.steps;
+  const auto run = [this, q, k, v, y, a, steps](const Group& g, const Tile& tile, size_t, Scratch& s) {
+    void* scratch = s.kernel.get(kernels_.attention_scratch_bytes(a));
+    const auto codes = [&](int value, int t, size_t from) {
+      return reinterpret_cast<const uint8_t*>(image(values_[value], g, tile.image, t)) + from;
+    };
+    for (int t = 0; t < steps; ++t)
+      for (int head = tile.row0; head < tile.row1; ++head) {
+        const size_t from = static_cast<size_t>(head) * a.head_channels;
+        kernels_.attention(a, codes(q, t, from), codes(k, t, from), codes(v, t, from),
+                           reinterpret_cast<int32_t*>(image(values_[y], g, tile.image, t)) + from, scratch);
+      }
+  };
+  add(run, {q, k, v, y});
+}
+
+void Plan::mean_space(int x, int32_t m, int y) {
+  const auto run = [this, x, m, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    const Value& v = values_[x];
+    for (int t = 0; t < v.steps; ++t)
+      for (size_t i = 0; i < tile.count; ++i)  // the output has one position per image
+        kernels_.mean(v.kind, image(v, g, tile.first + i, t), v.positions(), v.channels, v.channels, m,
+                      reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, t)) + i * v.channels);
+  };
+  add(run, {x, y});
+}
+
+void Plan::done(int output, float scale, size_t arena_bytes) {
+  output_ = output, scale_ = scale, arena_bytes_ = arena_bytes;
+}
+
+// ------------------------------------------------------------------------------------------------------ running
+
+// The units of work of a stage, cut into tiles that fit the cache, and enough of them for every thread.
+size_t Plan::tiles(const Stage& s, size_t images, int threads) const {
+  const size_t per_image = s.parts ? s.parts : static_cast<size_t>(s.height) * s.width * images;
+  const size_t target = std::max<size_t>(kTileBytes / std::max<size_t>(s.unit_bytes, 1), s.parts ? 1 : 64);
+  size_t tiles = (per_image + target - 1) / target;
+  if (threads > 1) {
+    const size_t share = s.parts ? (2 * threads + images - 1) / images : 2 * threads;
+    const size_t most = s.parts ? per_image : per_image / 16;  // not so small that starting one costs more than doing it
+    tiles = std::max(tiles, std::min(share, std::max<size_t>(most, 1)));
+  }
+  return s.parts ? std::min(tiles, per_image) * images : tiles;
+}
+
+void Plan::run_tile(const Stage& s, const Group& g, size_t index, size_t tiles, size_t units, Scratch& scratch) const {
+  Tile tile{};
+  size_t capacity;
+  if (s.parts) {
+    const size_t each = tiles / g.images, part = index % each;
+    tile.image = index / each;
+    tile.row0 = static_cast<int>(units * part / each), tile.row1 = static_cast<int>(units * (part + 1) / each);
+    tile.first = (tile.image * s.height + tile.row0) * s.width;
+    tile.count = static_cast<size_t>(tile.row1 - tile.row0) * s.width;
+  } else {
+    tile.first = units * index / tiles;
+    tile.count = units * (index + 1) / tiles - tile.first;
+  }
+  capacity = rounded(tile.count, 64);
+  scratch.tile.get(capacity * s.local_bytes);
+  for (const Step& step : s.steps) step(g, tile, capacity, scratch);
+}
+
+void Plan::run_group(const Group& g, int first, int last, int threads, Workspace& w, double* seconds) const {
+  struct Size {
+    size_t tiles, units;
+  };
+  const auto size = [&](int i) {
+    const Stage& s = *stages_[i];
+    return Size{tiles(s, g.images, threads), s.parts ? s.parts : static_cast<size_t>(s.height) * s.width * g.images};
+  };
+  if (threads <= 1) {
+    double before = seconds ? now() : 0;
+    for (int i = first; i < last; ++i) {
+      const Size n = size(i);
+      for (size_t tile = 0; tile < n.tiles; ++tile) run_tile(*stages_[i], g, tile, n.tiles, n.units, w.scratch[0]);
+      if (seconds) {
+        const double after = now();
+        seconds[i] += after - before;
+        before = after;
+      }
+    }
+    return;
+  }
+  Team shared(stages_.size());
+  for (int i = first; i < last; ++i) shared.left[i].store(size(i).tiles, std::memory_order_relaxed);
+  team(threads, [&](int me) {
+    double before = seconds && me == 0 ? now() : 0;
+    for (int i = first; i < last; ++i) {
+      const Size n = size(i);
+      size_t finished = 0;
+      for (size_t tile; (tile = shared.next[i].fetch_add(1, std::memory_order_relaxed)) < n.tiles; ++finished)
+        shared.failure.guard([&] { run_tile(*stages_[i], g, tile, n.tiles, n.units, w.scratch[me]); });
+      if (finished) shared.left[i].fetch_sub(finished, std::memory_order_acq_rel);
+      for (int spins = 0; shared.left[i].load(std::memory_order_acquire) != 0; ++spins)
+        if (spins > 4000) std::this_thread::yield();  // the others may be waiting for this core
+      if (seconds && me == 0) {
+        const double after = now();
+        seconds[i] += after - before;
+        before = after;
+      }
+    }
+  });
+  shared.failure.rethrow();
+}
+
+std::unique_ptr<Plan::Workspace> Plan::take() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!idle_.empty()) {
+      std::unique_ptr<Workspace> w = std::move(idle_.back());
+      idle_.pop_back();
+      return w;
+    }
+  }
+  return std::make_unique<Workspace>();
+}
+
+void Plan::give(std::unique_ptr<Workspace> w) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  idle_.push_back(std::move(w));
+}
+
+// The variant of every convolution for one call, its weights laid out. All variants give the same integers.
+std::vector<Variant> Plan::choose() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<Variant> variants;
+  for (const std::unique_ptr<Layered>& layer : layers_) {
+    const Conv& c = layer->conv;
+    const Variant v = layer->forced >= 0 ? static_cast<Variant>(layer->forced)
+                                         : cheapest(kernels_, c, density_[layer->input]);
+    const int i = static_cast<int>(v);
+    if (!layer->ready[i]) {
+      kernels_.conv[i].pack(c, layer->packed[i].get(std::max<size_t>(kernels_.conv[i].packed_bytes(c), 1)));
+      layer->ready[i] = true;
+    }
+    variants.push_back(v);
+  }
+  return variants;
+}
+
+void Plan::learn(Workspace& w, size_t images) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const std::unique_ptr<Layered>& layer : layers_) {
+    const Value& v = values_[layer->input];
+    size_t nonzero = 0;
+    for (Scratch& s : w.scratch) nonzero += s.nonzero[layer->input];
+    const float found = static_cast<float>(nonzero) / (static_cast<float>(images) * v.steps * v.positions() * v.channels);
+    float& density = density_[layer->input];
+    if (nonzero || density >= 0) density = density < 0 ? found : (1 - kForget) * density + kForget * found;
+  }
+}
+
+void Plan::logits(const Group& g, float* to) const {
+  const size_t classes = values_[output_].channels;
+  const int32_t* from = reinterpret_cast<const int32_t*>(image(values_[output_], g, 0, 0));
+  for (size_t i = 0; i < g.images * classes; ++i) to[g.first * classes + i] = static_cast<float>(from[i]) * scale_;
+}
+
+void Plan::run(const uint8_t* pixels, size_t images, float* logits_to, int threads, double* seconds) {
+  if (!images) return;
+  const std::vector<Variant> variants = choose();
+  const size_t cached = std::clamp<size_t>(kGroupBytes / std::max<size_t>(arena_bytes_, 1), 1, kMostImages);
+  const auto prepare = [&](Workspace& w, int scratches, size_t group) {
+    w.scratch.resize(std::max<size_t>(w.scratch.size(), scratches));
+    for (Scratch& s : w.scratch) s.nonzero.assign(values_.size(), 0);
+    w.arena.get(arena_bytes_ * group);
+  };
+  const int all = stages();
+  size_t begun = 0;
+  if (threads > 1 && images >= static_cast<size_t>(threads) && !seconds) {
+    // As many images for every thread; what is left over is done by all threads together.
+    const size_t share = images / threads, groups = (share + cached - 1) / cached * threads;
+    begun = share * threads;
+    Failure failure;
+    const auto one = [&](size_t i) {
+      const size_t first = begun * i / groups, count = begun * (i + 1) / groups - first;
+      std::unique_ptr<Workspace> w = take();
+      prepare(*w, 1, count);
+      const Group g{pixels, images, first, count, w->arena.get(0), &variants};
+      run_group(g, 0, all, 1, *w, nullptr);
+      logits(g, logits_to);
+      learn(*w, count);
+      give(std::move(w));
+    };
+    parallel_for(groups, threads, [&](size_t i) { failure.guard([&] { one(i); }); });
+    failure.rethrow();
+  }
+  if (begun == images) return;
+  std::unique_ptr<Workspace> w = take();
+  const size_t left = images - begun, groups = (left + cached - 1) / cached, most = (left + groups - 1) / groups;
+  for (size_t i = 0; i < groups; ++i) {
+    prepare(*w, threads, most);
+    const size_t first = begun + left * i / groups, count = begun + left * (i + 1) / groups - first;
+    const Group g{pixels, images, first, count, w->arena.get(0), &variants};
+    run_group(g, 0, all, threads, *w, seconds);
+    logits(g, logits_to);
+    learn(*w, count);
+  }
+  give(std::move(w));
+}
+
+void Plan::run_part(const uint8_t* pixels, size_t images, char* arena, int first, int last, int threads, double* seconds) {
+  const std::vector<Variant> variants = choose();
+  std::unique_ptr<Workspace> w = take();
+  w->scratch.resize(std::max<size_t>(w->scratch.size(), threads));
+  for (Scratch& s : w->scratch) s.nonzero.assign(values_.size(), 0);
+  run_group(Group{pixels, images, 0, images, arena, &variants}, first, last, threads, *w, seconds);
+  give(std::move(w));
+}
+
+// ---------------------------------------------------------------------------------------------------- reporting
+
+size_t Plan::packed_bytes() const {
+  size_t bytes = 0;
+  for (const std::unique_ptr<Layered>& layer : layers_)
+    for (const Memory& m : layer->packed) bytes += m.size();
+  return bytes;
+}
+
+std::vector<Plan::Layer> Plan::layers() {
+  const std::vector<Variant> variants = choose();
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<Layer> layers;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    Layer layer{layers_[i]->stage, variants[i], {}, density_[layers_[i]->input]};
+    for (int v = 0; v < kVariants; ++v) layer.able[v] = able(kernels_, layers_[i]->conv, static_cast<Variant>(v));
+    layers.push_back(layer);
+  }
+  return layers;
+}
+
+void Plan::force(int layer, int variant) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  layers_[layer]->forced = variant;
+}
+
+}  // namespace bitspike

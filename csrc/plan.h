@@ -1,0 +1,161 @@
+// A whole program, laid out once and run in one call: fused stages, one planned arena, tiles that stay in the cache.
+//
+// A *stage* is a producer (convolution, pooling, attention, mean) and the elementwise steps that follow it, done tile by
+// tile: some rows of one image, or, where no step looks at neighbours (`flat`), some positions of any image. A value that
+// only its own stage reads lives in a few rows of per-thread scratch (`Where::tile`), every other one in the arena.
+//
+// The arena of a group of G images is laid out for one image and multiplied: a value starts at G * offset and is
+// [S, G, H, W, C] as everywhere. Offsets are multiples of 64. deploy/plan.py decides what is fused and what lies where.
+//
+// run() is safe from several threads: every call takes an arena of its own (kept for the next call). No number depends on
+// threads, tiles, groups or variants.
+#pragma once
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "kernels.h"
+
+namespace bitspike {
+
+struct Value {
+  enum class Where { pixels, arena, tile } where;
+  Kind kind;
+  int steps, height, width, channels;
+  size_t offset;  // bytes per image (arena) or per position of a tile (tile)
+
+  size_t positions() const { return static_cast<size_t>(height) * width; }
+  size_t position_bytes() const { return channels * bytes_of(kind); }
+};
+
+// 64-byte aligned memory that only grows, and forgets what it held when it does.
+class Memory {
+ public:
+  ~Memory();
+  Memory() = default;
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  char* get(size_t bytes);
+  size_t size() const { return size_; }
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Positions [first, first + count) of one time step of a group, numbered [image, row, column]; rows [row0, row1) of
+// `image` where the stage is not flat (heads, for attention).
+struct Tile {
+  size_t image;
+  int row0, row1;
+  size_t first, count;
+};
+
+struct Scratch {  // of one thread
+  Memory tile, kernel;
+  std::vector<size_t> nonzero;  // by value
+};
+
+struct Group {  // the images of one pass through the stages
+  const uint8_t* pixels;
+  size_t total, first, images;  // in `pixels`; the group's first; of the group
+  char* arena;
+  const std::vector<Variant>* variants;  // by convolution
+};
+
+// A quantizer of an epilogue: where its codes go, and its numbers.
+struct Codes {
+  int value;
+  std::vector<int32_t> m;
+  int shift;
+  int32_t lo, hi;
+};
+
+// What follows potentials x: y = x + residual, kept as `out`, quantized into codes[0] and codes[1]; -1 is none.
+struct Finish {
+  int residual = -1, out = -1;
+  std::vector<Codes> codes;
+};
+
+
+class Plan {
+ public:
+  explicit Plan(const Kernels& kernels);
+  ~Plan();
+  Plan(const Plan&) = delete;
+
+  int value(const Value&);
+  // All steps up to the next stage() have outputs of this height and width. parts: units an image can be cut into; 0 for
+  // flat. Returns its number.
+  int stage(int height, int width, int parts);
+  // The pointers of `conv` must stay valid as long as the plan; geometry is filled in here.
+  void conv(int x, const Conv& conv, const Finish&);
+  void finish(int x, const Finish&);
+  void affine(int x, std::vector<int32_t> m, std::vector<int32_t> b, int shift, int y);
+  void lookup(int x, const int8_t* table, int y);
+  void lif(int x, const Lif&, int y);
+  void ielif(int x, const IeLif&, int y);
+  void mean_time(int x, int32_t m, int y);
+  void maxpool(int x, const Pool&, int y);
+  void attention(int q, int k, int v, int heads, int32_t m, int shift, int y);
+  void mean_space(int x, int32_t m, int y);
+  // logits = float(output) * scale; arena_bytes: per image.
+  void done(int output, float scale, size_t arena_bytes);
+
+  // pixels: [S, images, H, W, C] of the pixels' value. seconds: nullptr, or a number per stage to add to; then the threads
+  // share every image instead of having their own.
+  void run(const uint8_t* pixels, size_t images, float* logits, int threads, double* seconds);
+  // Stages [first, last) on all images at once, in memory of the caller: for programs with steps done elsewhere.
+  void run_part(const uint8_t* pixels, size_t images, char* arena, int first, int last, int threads, double* seconds);
+
+  const Value& at(int value) const { return values_[value]; }
+  size_t arena_bytes() const { return arena_bytes_; }
+  size_t packed_bytes() const;
+  int stages() const { return static_cast<int>(stages_.size()); }
+
+  struct Layer {  // a convolution, for reports and tuning
+    int stage;
+    Variant variant;                  // the one the next call takes
+    std::array<bool, kVariants> able;
+    float density;                    // of its input in the calls so far; negative: not known
+  };
+  std::vector<Layer> layers();
+  void force(int layer, int variant);  // -1: choose by density again
+
+ private:
+  struct Stage;
+  struct Layered;
+  struct Workspace;
+  struct Team;
+  using Step = std::function<void(const Group&, const Tile&, size_t capacity, Scratch&)>;
+
+  char* place(const Value&, const Group&, const Tile&, size_t capacity, Scratch&, int step) const;
+  char* image(const Value&, const Group&, size_t image, int step) const;
+  void add(Step, std::initializer_list<int> operands);
+  Epilogue epilogue(const Finish&, const Group&, const Tile&, size_t capacity, Scratch&, int step) const;
+  void run_tile(const Stage&, const Group&, size_t index, size_t tiles, size_t units, Scratch&) const;
+  size_t tiles(const Stage&, size_t images, int threads) const;
+  void run_group(const Group&, int first, int last, int threads, Workspace&, double* seconds) const;
+  std::unique_ptr<Workspace> take();
+  void give(std::unique_ptr<Workspace>);
+  std::vector<Variant> choose();
+  void learn(Workspace&, size_t images);
+  void logits(const Group&, float* to) const;
+
+  const Kernels& kernels_;
+  std::vector<Value> values_;
+  std::vector<std::unique_ptr<Stage>> stages_;
+  std::vector<std::unique_ptr<Layered>> layers_;
+  int output_ = -1;
+  float scale_ = 1;
+  size_t arena_bytes_ = 0;
+  std::mutex mutex_;  // of everything below, and of packing
+  std::vector<std::unique_ptr<Workspace>> idle_;
+  std::vector<float> density_;  // by value; -1: not known
+};
+
+}  // namespace bitspike

@@ -1,0 +1,348 @@
+"""How a program is executed: which ops are fused into one stage, and where every value lies.
+
+A *stage* is a producer (`conv`, `maxpool`, `attention`, `mean` over space) and the elementwise ops that can follow it while
+its output is still in the cache. It is computed tile by tile; a value that only its own stage reads exists for one tile at
+a time. Every other value has a place in an arena that is planned here, by lifetime, for one image. Within a stage, sums and
+quantizers become the *epilogue* of the convolution before them, which is applied in registers (csrc/kernels.h).
+
+Nothing here changes a number: `Net.trace` runs the same program op by op, and tests compare the two.
+"""
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from bitspike.deploy.ops import Array
+from bitspike.deploy.program import Op, Program, Value
+
+ALIGN = 64  # bytes; every place in the arena begins at a multiple of it
+_GAPS = 256  # places looked at for a gap; a program that keeps more values alive wastes some memory, not time
+
+#: ops with a compiled step, and exactly the attributes it knows; an op with others is left to its definition
+_COMPILED: dict[str, frozenset[str]] = {
+    "lookup": frozenset({"table"}),
+    "conv": frozenset({"weight", "stride", "padding", "groups", "pad_value", "m", "s", "b"}),
+    "quantize": frozenset({"m", "s", "lo", "hi", "dtype"}),
+    "affine": frozenset({"m", "s", "b"}),
+    "add": frozenset(),
+    "attention": frozenset({"heads", "m", "s"}),
+    "maxpool": frozenset({"kernel", "stride", "padding"}),
+    "mean": frozenset({"over", "m"}),
+    "lif": frozenset({"decay", "gain", "threshold", "reset", "steps", "strict"}),
+    "ielif": frozenset({"levels", "decay", "steps", "fraction_bits"}),
+}
+_ELEMENTWISE = frozenset({"lookup", "quantize", "affine", "add", "lif", "ielif"})  # and the mean over time
+
+
+def compiled(op: Op) -> bool:
+    """Whether the extension has a step for this op, with these attributes."""
+    known = _COMPILED.get(op.name)
+    if known is None or known != set(op.attributes):
+        return False
+    return all(np.ndim(op.attributes[key]) <= 1 for key in ("m", "b") if key in op.attributes)
+
+
+def _elementwise(op: Op) -> bool:
+    return op.name in _ELEMENTWISE or (op.name == "mean" and op.attributes["over"] == "time")
+
+
+@dataclass
+class Stage:
+    """Some ops done together; all outputs have the same height and width. Not compiled: one op, left to its definition."""
+
+    ops: list[Op]
+    compiled: bool = True
+
+    @property
+    def flat(self) -> bool:
+        """No op looks at a pixel's neighbours, so that positions of all images are alike."""
+        first = self.ops[0]
+        if first.name == "conv":
+            a = first.attributes
+            return a["weight"].shape[1:3] == (1, 1) and a["stride"] == (1, 1) and a["padding"] == (0, 0)
+        return first.name == "mean" or _elementwise(first)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value lies: in the arena (bytes per image), or in the scratch of a tile (bytes per position)."""
+
+    where: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Stages in order, a place for every value they make, and the arena's bytes per image."""
+
+    stages: tuple[Stage, ...]
+    values: Mapping[str, Value]
+    places: Mapping[str, Place]
+    output: str
+    arena_bytes: int
+
+
+def _consumers(ops: Sequence[Op]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for index, op in enumerate(ops):
+        for name in set(op.inputs):
+            found.setdefault(name, []).append(index)
+    return found
+
+
+def needed(ops: Sequence[Op], output: str) -> list[Op]:
+    """The ops that the output depends on."""
+    wanted, kept = {output}, []
+    for op in reversed(ops):
+        if op.output in wanted:
+            wanted.update(op.inputs)
+            kept.append(op)
+    return kept[::-1]
+
+
+def pool_codes(ops: Sequence[Op], values: Mapping[str, Value], output: str) -> tuple[list[Op], dict[str, Value]]:
+    """Quantize before pooling where only the codes of a pooled potential are needed.
+
+    A quantizer with m >= 0 never falls, so the code of the largest potential is the largest code: exact, and a quarter of
+    the bytes to pool.
+    """
+    ops, values = list(ops), dict(values)
+    readers = _consumers(ops)
+    for index, pool in enumerate(ops):
+        after = readers.get(pool.output, [])
+        if pool.name != "maxpool" or values[pool.output].kind != "i32" or len(after) != 1 or pool.output == output:
+            continue
+        code = ops[after[0]]
+        if code.name != "quantize" or np.min(code.attributes["m"]) < 0:
+            continue
+        x, y = values[pool.inputs[0]], values[code.output]
+        before = pool.output  # the name is free: nobody else reads the pooled potential
+        values[before] = replace(x, kind=y.kind, lo=y.lo, hi=y.hi)
+        ops[index] = replace(code, inputs=pool.inputs, output=before)
+        ops[after[0]] = replace(pool, inputs=(before,), output=code.output)
+    return ops, values
+
+
+def fuse(ops: Sequence[Op], values: Mapping[str, Value]) -> list[Stage]:
+    """Ops in stages: an elementwise op joins the last stage that makes one of its inputs, if its output has that size."""
+    stages: list[Stage] = []
+    made_in: dict[str, int] = {}
+    for op in ops:
+        y = values[op.output]
+        last = max((made_in.get(name, -1) for name in op.inputs), default=-1)
+        can = compiled(op)
+        if can and _elementwise(op) and last >= 0:
+            stage = stages[last]
+            first = values[stage.ops[0].output]
+            if stage.compiled and stage.ops[0].name != "attention" and (first.height, first.width) == (y.height, y.width):
+                stage.ops.append(op)
+                made_in[op.output] = last
+                continue
+        made_in[op.output] = len(stages)
+        stages.append(Stage([op], can))
+    return stages
+
+
+class _Space:
+    """First fit: the lowest gap between places that live at the same time."""
+
+    def __init__(self) -> None:
+        self.top = 0
+        self._taken: list[tuple[int, int, int]] = []  # (offset, end, last stage)
+
+    def take(self, size: int, stage: int, last: int) -> int:
+        self._taken = [place for place in self._taken if place[2] >= stage]
+        offset = 0
+        for start, end, _ in self._taken[:_GAPS]:
+            if start - offset >= size:
+                break
+            offset = max(offset, end)
+        else:
+            offset = max(offset, max((end for _, end, _ in self._taken[_GAPS:]), default=0))
+        insort(self._taken, (offset, offset + size, last))
+        self.top = max(self.top, offset + size)
+        return offset
+
+
+def _round(n: int) -> int:
+    return (n + ALIGN - 1) // ALIGN * ALIGN
+
+
+def arrange(stages: Sequence[Stage], values: Mapping[str, Value], output: str) -> tuple[dict[str, Place], int]:
+    """A place for every value: scratch for what one stage makes and alone reads, else the arena. Returns its size too."""
+    last = {output: len(stages)}
+    outside = {output}
+    for index, stage in enumerate(stages):
+        inside: set[str] = set()
+        for op in stage.ops:
+            for name in op.inputs:
+                last[name] = max(last.get(name, -1), index)
+                if name not in inside:
+                    outside.add(name)
+            inside.add(op.output)
+        if not stage.compiled or stage.ops[0].name == "attention":  # these write whole images
+            outside.add(stage.ops[0].output)
+    places: dict[str, Place] = {}
+    arena = _Space()
+    for index, stage in enumerate(stages):
+        scratch = 0
+        made = sorted((op.output for op in stage.ops), key=lambda name: -values[name].image_bytes)
+        for name in made:
+            value = values[name]
+            if name in outside:
+                offset = arena.take(_round(value.image_bytes), index, last.get(name, index))
+                places[name] = Place("arena", offset)
+            else:
+                places[name] = Place("tile", scratch)
+                scratch += _round(value.image_bytes // (value.height * value.width))
+    return places, arena.top
+
+
+def lay_out(program: Program) -> Layout:
+    """Stages and places of a checked program."""
+    ops, values = pool_codes(needed(program.ops, program.output), program.values, program.output)
+    stages = fuse(ops, values)
+    places, size = arrange(stages, values, program.output)
+    return Layout(tuple(stages), values, places, program.output, size)
+
+
+# ------------------------------------------------------------------------------------------------- epilogues
+@dataclass
+class Step:
+    """One call per tile: an op alone, or (`op` None: only the epilogue, on `x`) with what follows it in registers."""
+
+    op: Op | None
+    x: str
+    residual: str | None = None
+    out: str | None = None
+    codes: list[Op] = field(default_factory=list)
+
+    @property
+    def ops(self) -> list[str]:
+        """Ids of the values this step makes or passes through."""
+        return [name for name in (self.out, *(op.output for op in self.codes)) if name is not None]
+
+
+def steps(stage: Stage, layout: Layout) -> list[Step]:
+    """The steps of a compiled stage: every sum and quantizer is in some epilogue."""
+    ops = stage.ops
+    inside = {op.output for op in ops}
+    outside = {op.output for op in ops if layout.places[op.output].where == "arena"}
+    readers = _consumers(ops)
+    done: set[int] = set()
+    found: list[Step] = []
+
+    def epilogue(step: Step, x: str, start: int) -> None:
+        """Takes what reads x into the step: a sum nobody else competes with, then up to two quantizers."""
+        after = [i for i in readers.get(x, []) if i not in done]
+        if step.residual is None and len(after) == 1 == len(readers[x]) and x not in outside and ops[after[0]].name == "add":
+            add = ops[after[0]]
+            other = add.inputs[1] if add.inputs[0] == x else add.inputs[0]
+            same_steps = layout.values[add.output].steps == layout.values[x].steps
+            if other != x and other not in inside and same_steps:
+                done.add(after[0])
+                step.residual = other
+                return epilogue(step, add.output, after[0])
+        for i in after:
+            if ops[i].name == "quantize" and len(step.codes) < 2:
+                done.add(i)
+                step.codes.append(ops[i])
+        left = [i for i in readers.get(x, []) if i not in done]
+        if left or x in outside or not step.codes:
+            step.out = x
+        return None
+
+    for index, op in enumerate(ops):
+        if index in done:
+            continue
+        done.add(index)
+        step = Step(op, op.inputs[0])
+        if op.name == "conv":
+            epilogue(step, op.output, index)
+        elif op.name == "quantize":
+            step = Step(None, op.inputs[0], codes=[op])
+            for i in readers[op.inputs[0]]:  # a second quantizer of the same potentials, in the same pass
+                if i not in done and ops[i].name == "quantize" and len(step.codes) < 2:
+                    done.add(i)
+                    step.codes.append(ops[i])
+        elif op.name == "add":
+            step = Step(None, op.inputs[0], residual=op.inputs[1])
+            epilogue(step, op.output, index)
+        found.append(step)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the extension
+def _numbers(*values: int | Array) -> list[Array]:
+    vectors = np.broadcast_arrays(*(np.atleast_1d(np.asarray(v, np.int32)) for v in values))
+    return [np.ascontiguousarray(v) for v in vectors]
+
+
+class Build:
+    """A layout handed to the extension: `plan` runs it, `stages[i]` is what stage i of the layout became (or None)."""
+
+    def __init__(self, layout: Layout, extension: Any, isa: str, fraction_bits: int) -> None:
+        self.layout = layout
+        self.plan = extension.Plan(isa)
+        self._ids: dict[str, int] = {}
+        #: the op of every convolution, in the order of `plan.layers()`
+        self.convolutions: list[Op] = []
+        pixels = layout.values["pixels"]
+        self._ids["pixels"] = self.plan.value("u8", "pixels", (pixels.steps, pixels.channels), (pixels.height, pixels.width), 0)
+        for name, place in layout.places.items():
+            v = layout.values[name]
+            self._ids[name] = self.plan.value(v.kind, place.where, (v.steps, v.channels), (v.height, v.width), place.offset)
+        self.stages = [self._stage(stage) if stage.compiled else None for stage in layout.stages]
+        self.complete = all(stage is not None for stage in self.stages)
+        self.plan.done(self._ids[layout.output], 2.0**-fraction_bits, layout.arena_bytes)
+
+    def _stage(self, stage: Stage) -> int:
+        first = stage.ops[0]
+        y = self.layout.values[first.output]
+        parts = 0 if stage.flat else first.attributes["heads"] if first.name == "attention" else y.height
+        number: int = self.plan.stage((y.height, y.width), parts)
+        for step in steps(stage, self.layout):
+            self._step(step)
+        return number
+
+    def _id(self, name: str | None) -> int:
+        return -1 if name is None else self._ids[name]
+
+    def _step(self, step: Step) -> None:
+        codes = [(self._ids[q.output], *_numbers(q.attributes["m"]), q.attributes["s"], q.attributes["lo"], q.attributes["hi"])
+                 for q in step.codes]
+        x = self._ids[step.x]
+        if step.op is None:
+            self.plan.finish(x, self._id(step.residual), self._id(step.out), codes)
+            return
+        op, a = step.op, step.op.attributes
+        y = self._id(op.output)
+        if op.name == "conv":
+            source = self.layout.values[step.x]
+            pad = np.ascontiguousarray(a["pad_value"], np.int16)
+            span = (min(source.lo, int(pad.min())), max(source.hi, int(pad.max())))
+            self.convolutions.append(op)
+            self.plan.conv(
+                x, np.ascontiguousarray(a["weight"]), a["stride"], a["padding"], a["groups"], pad, *_numbers(a["m"]), a["s"],
+                *_numbers(a["b"]), span, self._id(step.residual), self._id(step.out), codes,
+            )
+        elif op.name == "affine":
+            m, b = _numbers(a["m"], a["b"])
+            self.plan.affine(x, m, b, a["s"], y)
+        elif op.name == "lookup":
+            self.plan.lookup(x, np.ascontiguousarray(a["table"]), y)
+        elif op.name == "lif":
+            self.plan.lif(x, a["decay"], a["gain"], a["threshold"], a["reset"], a["strict"], y)
+        elif op.name == "ielif":
+            self.plan.ielif(x, a["levels"], a["decay"], a["fraction_bits"], y)
+        elif op.name == "mean":
+            (self.plan.mean_time if a["over"] == "time" else self.plan.mean_space)(x, a["m"], y)
+        elif op.name == "maxpool":
+            self.plan.maxpool(x, a["kernel"], a["stride"], a["padding"], y)
+        else:
+            q, k, v = (self._ids[name] for name in op.inputs)
+            self.plan.attention(q, k, v, a["heads"], a["m"], a["s"], y)

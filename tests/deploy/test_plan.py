@@ -1,0 +1,151 @@
+"""The compiled plan computes what the op-by-op path computes; stages, places and epilogues are what they should be."""
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from bitspike.deploy import Net, kernels, plan
+from bitspike.deploy.artifact import encode, parse
+from bitspike.deploy.program import Program
+
+from .random_programs import random_artifact, random_images
+
+SEEDS = range(60)
+
+
+def net_of(seed: int, length: int = 14) -> Net:
+    return Net(parse(encode(*random_artifact(seed, length))))
+
+
+def by_trace(net: Net, images: np.ndarray) -> np.ndarray:
+    """Logits of the op-by-op path on the numpy definitions."""
+    before = kernels.active()
+    kernels.use("numpy")
+    try:
+        values = net.trace(images)
+    finally:
+        kernels.use(before)
+    return values[net.program.output][0, :, 0, 0].astype(np.float32) * np.float32(2.0 ** -net.header["fraction_bits"])
+
+
+compiled_sets = pytest.mark.skipif(len(kernels.available()) == 1, reason="there is no compiled extension")
+
+
+@compiled_sets
+@pytest.mark.parametrize("seed", SEEDS)
+def test_plan_equals_trace(seed: int):
+    net = net_of(seed, length=20)
+    images = random_images(net.header, 5, seed)
+    expected = by_trace(net, images)
+    for name in kernels.available()[1:]:
+        kernels.use(name)
+        for threads in (1, 2, 3, 7):
+            np.testing.assert_array_equal(net(images, threads=threads), expected, err_msg=f"{name}, {threads} threads")
+
+
+def overlapping(layout: plan.Layout) -> list[tuple[str, str]]:
+    """Pairs of values that share bytes while both are needed."""
+    born: dict[str, int] = {}
+    last: dict[str, int] = {layout.output: len(layout.stages)}
+    for index, stage in enumerate(layout.stages):
+        for op in stage.ops:
+            born[op.output] = index
+            for name in op.inputs:
+                last[name] = index
+    found = []
+    for a, b in itertools.combinations(born, 2):
+        pa, pb = layout.places[a], layout.places[b]
+        if pa.where != pb.where or (pa.where == "tile" and born[a] != born[b]):
+            continue
+        if pa.where == "arena":
+            together = born[a] <= last.get(b, born[b]) and born[b] <= last.get(a, born[a])
+            size = {name: layout.values[name].image_bytes for name in (a, b)}
+        else:
+            together = True
+            size = {n: layout.values[n].image_bytes // (layout.values[n].height * layout.values[n].width) for n in (a, b)}
+        if together and pa.offset < pb.offset + size[b] and pb.offset < pa.offset + size[a]:
+            found.append((a, b))
+    return found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_places_never_overlap(seed: int):
+    layout = plan.lay_out(net_of(seed, length=30).program)
+    assert overlapping(layout) == []
+    for name, place in layout.places.items():
+        assert place.offset % plan.ALIGN == 0
+        if place.where == "arena":
+            assert place.offset + layout.values[name].image_bytes <= layout.arena_bytes
+
+
+def test_an_overlap_would_be_seen():
+    layout = plan.lay_out(net_of(3, length=30).program)
+    arena = [name for name, place in layout.places.items() if place.where == "arena"]
+    broken = {name: plan.Place("arena", 0) if name in arena else place for name, place in layout.places.items()}
+    assert overlapping(plan.Layout(layout.stages, layout.values, broken, layout.output, layout.arena_bytes)) != []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_needed_value_is_made_once(seed: int):
+    program = net_of(seed, length=30).program
+    layout = plan.lay_out(program)
+    ops = [op for stage in layout.stages for op in stage.ops]
+    assert sorted(op.output for op in ops) == sorted({op.output for op in ops})
+    made = {"pixels"}
+    for stage in layout.stages:
+        for op in stage.ops:
+            assert set(op.inputs) <= made, "reads what is not there yet"
+            made.add(op.output)
+    assert layout.output in made
+    for stage in layout.stages:
+        if not stage.compiled:
+            continue
+        done: list[str] = []
+        for step in plan.steps(stage, layout):
+            done += step.ops if step.op is None or step.op.name == "conv" else [step.op.output]
+        kept = {op.output for op in stage.ops if layout.places[op.output].where == "arena"}
+        assert kept <= set(done), "a value that others read is not written"
+        assert len(done) == len(set(done))
+
+
+@pytest.fixture(scope="module")
+def cifar() -> Program:
+    from bitspike.deploy import load
+    return load("cifar10").program
+
+
+def test_the_shipped_network_is_fused(cifar: Program):
+    layout = plan.lay_out(cifar)
+    assert len(layout.stages) < 0.6 * len(cifar.ops)
+    convs = [step for stage in layout.stages for step in plan.steps(stage, layout) if step.op and step.op.name == "conv"]
+    assert len(convs) == sum(op.name == "conv" for op in cifar.ops)
+    assert sum(bool(step.codes) for step in convs) > len(convs) / 2, "quantizers run in registers"
+    assert any(step.residual for step in convs), "residual sums run in registers"
+    assert layout.arena_bytes < 2 * cifar.live_bytes
+
+
+def test_dead_ops_are_left_out():
+    net = net_of(5, length=40)
+    layout = plan.lay_out(net.program)
+    readers = {name for stage in layout.stages for op in stage.ops for name in op.inputs}
+    assert all(op.output in readers or op.output == layout.output for stage in layout.stages for op in stage.ops)
+
+
+def test_codes_are_pooled_instead_of_potentials():
+    swapped = 0
+    for seed in range(60):
+        net = net_of(seed, length=30)
+        ops, values = plan.pool_codes(net.program.ops, net.program.values, net.program.output)
+        swapped += sum(values[op.inputs[0]].kind != "i32" for op in ops if op.name == "maxpool") > sum(
+            net.program.values[op.inputs[0]].kind != "i32" for op in net.program.ops if op.name == "maxpool"
+        )
+    assert swapped > 0
+
+
+def test_a_hostile_number_of_values_is_placed_quickly():
+    space = plan._Space()
+    for i in range(10_000):
+        space.take(64, i, 10**9)
+    assert space.top == 640_000
