@@ -49,7 +49,7 @@ def evaluate(model: nn.Module, recipe: Recipe, data: Dataset | Path | str | None
     data: a loaded dataset or its folder. In eval mode and in the recipe's precision; the model's mode is restored. Under
     torchrun every process takes its share.
     """
-    dataset = data if isinstance(data, Dataset) else load(recipe.data, data)
+    dataset = data if isinstance(data, Dataset) else load(recipe.data, data, recipe.event_frames())
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     ranks = torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ranks else (0, 1)

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -16,6 +18,34 @@ def duration(seconds: float) -> str:
     """
     minutes, s = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
+
+
+_Item = TypeVar("_Item")
+
+
+def counted(items: Iterable[_Item], total: int, what: str, done: int = 0, every_seconds: float = 15.0) -> Iterator[_Item]:
+    """The items, while a bar (in a terminal) or a line now and then (in a log) tells how many have passed.
+
+    Nothing is shown if it takes less than a second in all. what: "making frames of recordings", for example.
+
+    >>> list(counted("ab", 2, "letters"))
+    ['a', 'b']
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    tty = sys.stderr.isatty()
+    start = last = time.monotonic()
+    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                  console=console, disable=not tty, transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done, visible=False)
+        for number, item in enumerate(items, done + 1):
+            yield item
+            now = time.monotonic()
+            if tty and now - last > 0.1 and now - start > 1:
+                bar.update(task, completed=number, visible=True)
+                last = now
+            elif not tty and now - last > every_seconds:
+                console.print(f"{what}: {number}/{total}", markup=False)
+                last = now
 
 
 class Reporter:

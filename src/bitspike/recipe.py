@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from bitspike.data.events.framing import Frames
 from bitspike.spec import QuantSpec, Scheme
 
 #: logits [B, K], or of every time step [T, B, K]; a tuple of them for a model with several heads
@@ -41,6 +42,9 @@ class Recipe:
     `Scheme("binary")`, 2..8 with `Scheme(scheme, bits)`.
     Data: uint8 pixels or frames; the model sees (pixel / 255 - mean) / std; grey images with three means become three
     channels. `train_on="train+val"` uses the held-out part too; then nothing is measured until the test at the end.
+    Events: `frames` > 0 makes a sequence of as many event frames of each recording, image_size pixels a side, input float
+    [T, B, 2, H, W]; `frames_by` cuts it into equal numbers of events or equal times; `event_augment` changes the events of
+    a training recording before that, such as "roll=5,rotate=15,drop=0.1" (see `bitspike.data.events.framing`).
     Steps: `batch_size` is that of one optimizer step, over all processes and `accumulate` parts.
     objective: `objective(model, recipe, loss) -> loss` lets a paper replace the loss; it is called once, with the model on
     its device, so it may load a `teacher`, hook layers, and weigh its term by `distill`.
@@ -84,6 +88,9 @@ class Recipe:
     mixup: float = 0.0
     cutmix: float = 0.0
     mixup_off_epoch: float = 0.0
+    frames: int = 0
+    frames_by: Literal["count", "time"] = "count"
+    event_augment: str = ""
     workers: int = 2
     # steps
     start: str = ""
@@ -136,6 +143,9 @@ class Recipe:
             raise self._refuse("cutout", self.cutout, f"at most image_size={self.image_size}")
         if len(self.std) not in (1, len(self.mean)):
             raise self._refuse("std", self.std, f"one number or {len(self.mean)}, as mean has")
+        if self.event_augment and not self.frames:
+            raise self._refuse("event_augment", self.event_augment, "nothing here: frames=0, so the data are pictures")
+        self.event_frames()
         for name in ("distill", "teacher"):
             if getattr(self, name) and self.objective is None and not self.distill_logits:
                 raise self._refuse(name, getattr(self, name), "nothing here: the recipe has no objective that would use it")
@@ -200,6 +210,12 @@ class Recipe:
         except OSError as error:
             raise self._refuse("spec", path, f"'none' or the path of a spec in JSON ({error})") from None
 
+    def event_frames(self) -> Frames | None:
+        """How recordings of events become frames; None for a recipe on pictures."""
+        if not self.frames:
+            return None
+        return Frames(self.frames, (self.image_size, self.image_size), self.frames_by, self.event_augment)
+
     def quant_spec(self) -> QuantSpec | None:
         """The spec to attach; None for float weights."""
         if self.spec is not None or self.bits == 32:
@@ -242,7 +258,7 @@ class Recipe:
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("batch_size accumulate image_size validate_every", "an integer of at least 1", lambda v: v >= 1),
     ("bits", "1..8, or 32 for float weights", lambda v: v in (*range(1, 9), 32)),
-    ("workers translate cutout", "an integer of at least 0", lambda v: v >= 0),
+    ("workers translate cutout frames", "an integer of at least 0", lambda v: v >= 0),
     ("epochs lr", "a finite number above 0", lambda v: 0 < v < math.inf),
     ("weight_decay plain_lr scale_lr warmup_epochs warmup_lr min_lr grad_clip mixup cutmix mixup_off_epoch spike_penalty "
      "distill", "a finite number of at least 0", lambda v: 0 <= v < math.inf),

@@ -33,7 +33,7 @@ from bitspike.checkpoints import (
     start_from_run,
     start_run,
 )
-from bitspike.data import Arrays, DataError, Dataset, Files, load
+from bitspike.data import Arrays, DataError, Dataset, load
 from bitspike.data.loader import FileBatches
 from bitspike.data.pipeline import ArrayBatches, Augment, Batches, mix, seed_globals, seed_of
 from bitspike.evaluation import as_input, evaluate, normalise
@@ -74,7 +74,7 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
     recipe = recipe.override(overrides or {})
     run = Path(out_dir)
     accelerator = _accelerator(recipe)
-    data = data_dir if isinstance(data_dir, Dataset) else load(recipe.data, data_dir)
+    data = data_dir if isinstance(data_dir, Dataset) else load(recipe.data, data_dir, recipe.event_frames())
     folder = open_run(run, recipe, data.hash)
     state: dict[str, Any] = read_state(folder) if folder else {"step": 0, "finished": False, "seconds": 0.0}
     if state["finished"]:
@@ -272,7 +272,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
 
 
 def _batches(recipe: Recipe, data: Dataset) -> Batches:
-    split: Arrays | Files = data.split(recipe.train_on)
+    split = data.split(recipe.train_on)
     augment = Augment(recipe.flip, recipe.translate, recipe.translate_pad, recipe.cutout, recipe.random_erasing, recipe.mean,
                       recipe.std)
     plain = recipe.crop == "whole" and not recipe.rand_augment

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitspike.data import DataError, load
+from bitspike.data import DataError, Frames, load
 from bitspike.data.cifar import CIFAR10_CLASSES, CIFAR100_CLASSES
 from bitspike.data.splits import held_out
 
@@ -204,8 +204,10 @@ def test_imagenet_errors(tmp_path, write_imagenet):
 
 # --------------------------------------------------------------------------------------------------- splits
 def test_unknown_dataset(monkeypatch):
-    with pytest.raises(DataError, match="cifar10_dvs: training on event recordings is not built yet"):
-        load("cifar10_dvs", None)
+    with pytest.raises(DataError, match=r"how many frames are made of one \(frames=10\)"):
+        load("cifar10_dvs", "somewhere")
+    with pytest.raises(DataError, match="cifar10 holds pictures, no recordings"):
+        load("cifar10", "somewhere", Frames(10, (32, 32)))
     with pytest.raises(DataError, match="unknown dataset 'cifar'; allowed: cifar10, cifar100"):
         load("cifar", None)
     monkeypatch.delenv("BITSPIKE_DATA", raising=False)

@@ -50,7 +50,7 @@ def export_run(run: str | Path, output: Path, data_dir: Path | None, min_agreeme
     from bitspike.data import load as load_data
 
     model, recipe = load_run(run)
-    data = load_data(recipe.data, data_dir)
+    data = load_data(recipe.data, data_dir, recipe.event_frames())
     channels = len(recipe.mean)
     calibration = split_pictures(data, "train", _CALIBRATION, recipe.image_size, channels)
     check = split_pictures(data, "test", _CHECK, recipe.image_size, channels)

@@ -73,5 +73,5 @@ def pictures_for(recipe: Recipe, data_dir: Path | None, count: int, split: str) 
     channels = len(recipe.mean)
     if data_dir is None and recipe.data != "fashion_mnist_sample":
         return sample_pictures(count, recipe.image_size, recipe.image_size, channels), None
-    data = load(recipe.data, data_dir)
+    data = load(recipe.data, data_dir, recipe.event_frames())
     return split_pictures(data, split, count, recipe.image_size, channels), data

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bitspike.data.pipeline import Augment, augmented, generator, mirrored, order, seed_globals, seed_of, slices
-from bitspike.data.splits import Arrays, Files
+from bitspike.data.recordings import Recordings
+from bitspike.data.splits import Arrays, Split
 
 
 def _at_least_one_bit(level_fn: Callable[[float, Any], tuple[int]], level: float, options: Any) -> tuple[int]:
@@ -21,7 +22,7 @@ def _at_least_one_bit(level_fn: Callable[[float, Any], tuple[int]], level: float
 class _Train(Dataset[tuple[Tensor, int]]):
     """Sample (epoch, index) -> augmented image: a pure function of seed, epoch and index."""
 
-    def __init__(self, split: Arrays | Files, seed: int, size: int, crop: str, rand_augment: str,
+    def __init__(self, split: Split, seed: int, size: int, crop: str, rand_augment: str,
                  mean: tuple[float, ...]) -> None:
         from timm.data.auto_augment import rand_augment_transform
         from torchvision.transforms import v2
@@ -47,6 +48,8 @@ class _Train(Dataset[tuple[Tensor, int]]):
         epoch, index = key
         seed = seed_of(self.seed, "sample", epoch, index)
         seed_globals(seed)
+        if isinstance(self.split, Recordings):  # changed as events, before the frames are made
+            return self.split.augmented(index, seed), int(self.split.labels[index])
         image = self.fit(self.split.image(index))
         if self.augment is not None:
             grey = image.shape[0] == 1
@@ -82,7 +85,7 @@ class FileBatches:
     rand_augment: timm's text, such as "rand-m9-mstd0.5-inc1", or "".
     """
 
-    def __init__(self, split: Arrays | Files, batch_size: int, seed: int, augment: Augment, size: int, crop: str,
+    def __init__(self, split: Split, batch_size: int, seed: int, augment: Augment, size: int, crop: str,
                  rand_augment: str, workers: int) -> None:
         self.split, self.batch_size, self.seed, self.augment, self.workers = split, batch_size, seed, augment, workers
         self.steps_per_epoch = len(split) // batch_size
@@ -116,7 +119,7 @@ class FileBatches:
 class _Plain(Dataset[tuple[Tensor, int]]):
     """Resize the short side to size / 0.875 and cut the middle (already fitting images pass unchanged)."""
 
-    def __init__(self, split: Arrays | Files, size: int) -> None:
+    def __init__(self, split: Split, size: int) -> None:
         self.split, self.size = split, size
 
     def __len__(self) -> int:
@@ -127,7 +130,7 @@ class _Plain(Dataset[tuple[Tensor, int]]):
         from torchvision.transforms.v2 import functional as vision
 
         image = self.split.image(index)
-        if tuple(image.shape[-2:]) != (self.size, self.size):
+        if image.dim() == 3 and tuple(image.shape[-2:]) != (self.size, self.size):
             whole = isinstance(self.split, Arrays)  # small square images: no border to cut
             side = self.size if whole else round(self.size / 0.875)
             image = vision.resize(image, [side], v2.InterpolationMode.BICUBIC, antialias=True)
@@ -135,9 +138,9 @@ class _Plain(Dataset[tuple[Tensor, int]]):
         return image, int(self.split.labels[index])
 
 
-def evaluation_batches(split: Arrays | Files, size: int, batch_size: int, workers: int, rank: int = 0,
+def evaluation_batches(split: Split, size: int, batch_size: int, workers: int, rank: int = 0,
                        world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """(uint8 [b, C, size, size], int64 [b]) over samples rank, rank + world, ... in order."""
+    """(uint8 [b, C, size, size] or [b, T, 2, size, size], int64 [b]) over samples rank, rank + world, ... in order."""
     index = torch.arange(rank, len(split), world)
     if isinstance(split, Arrays) and split.images.shape[-1] == size:
         for part in index.split(batch_size):

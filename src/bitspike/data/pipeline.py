@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -82,13 +82,14 @@ class Batches(Protocol):
     def step(self, step: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """The `accumulate` parts that process `rank` of `world` computes in this step, of equal size.
 
-        Each is (uint8 [b, C, H, W], int64 [b]); part a of rank r is part r * accumulate + a of the step's batch.
+        Each is (uint8 [b, C, H, W] or [b, T, C, H, W], int64 [b]); part a of rank r is part r * accumulate + a of the
+        step's batch.
         """
         ...
 
 
 class ArrayBatches:
-    """`Batches` from memory, vectorised. data: uint8 [N, C, H, W]; batch_size: of one optimizer step.
+    """`Batches` from memory, vectorised. data: uint8 [N, (T,) C, H, W]; batch_size: of one optimizer step.
 
     Steps count on over the epochs; the last N % batch_size samples of an epoch's order wait for another epoch.
     """
@@ -123,7 +124,13 @@ def slices(batch: int, rank: int, world: int, accumulate: int) -> list[slice]:
 
 
 def augmented(images: Tensor, mirror: Tensor, augment: Augment, batch: int, mine: slice, seed: int, step: int) -> Tensor:
-    """Everything `augment` asks for, on positions `mine` of a batch of `batch` images. Writes into `images`."""
+    """Everything `augment` asks for, on positions `mine` of a batch of `batch` images. Writes into `images`.
+
+    A sequence [b, T, C, H, W] is treated as one image of T * C channels: all of its frames alike.
+    """
+    if images.dim() == 5:
+        same = replace(augment, mean=augment.mean * images.shape[1], std=augment.std * images.shape[1])
+        return augmented(images.flatten(1, 2), mirror, same, batch, mine, seed, step).unflatten(1, images.shape[1:3])
     rows = torch.nonzero(mirror).flatten()
     images[rows] = images[rows].flip(-1)
     draw = generator(seed, "augment", step)
@@ -187,8 +194,8 @@ def mix(images: Tensor, targets: Tensor, classes: int, mixup: float, cutmix: flo
         key: tuple[object, ...]) -> tuple[Tensor, Tensor]:
     """Mixup or cutmix (either with probability 1/2 if both are on) of neighbours 2i, 2i+1; one ratio for the step.
 
-    images: float [B, C, H, W], B even; targets: int64 [B] -> float [B, K]. Batches are shuffled, so neighbours are
-    strangers, and a pair is never split between processes.
+    images: float [B, C, H, W] or sequences [B, T, C, H, W], B even; targets: int64 [B] -> float [B, K]. Batches are
+    shuffled, so neighbours are strangers, and a pair is never split between processes.
     """
     if mixup <= 0 and cutmix <= 0:
         return images, targets

@@ -11,28 +11,41 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bitspike.data.errors import DataError
+
 VAL_SHARE = 0.05
 
 
-class DataError(ValueError):
-    """A dataset that is missing, incomplete or corrupt: says what was found, what is expected and what to do."""
-
-
 class Split(Protocol):
-    """Images with labels. `labels`: int64 [N]."""
+    """Images, or recordings as event frames, with labels."""
 
-    labels: Tensor
+    @property
+    def labels(self) -> Tensor:
+        """int64 [N]."""
+        ...
 
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> Tensor:
-        """uint8 [C, H, W], as stored (images of a folder differ in size)."""
+        """uint8 [C, H, W], as stored (images of a folder differ in size); a recording's frames: [T, 2, H, W]."""
         ...
+
+    def take(self, indices: Tensor) -> Split:
+        """The samples at `indices` (int64 [M]), in that order."""
+        ...
+
+    def joined(self, other: Split) -> Split:
+        """Both splits as one. Errors: DataError if they are of different kinds."""
+        ...
+
+
+def _kinds_differ() -> DataError:
+    return DataError("a split in memory and a split on disk cannot be joined.")
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """A split held in memory. images: uint8 [N, C, H, W]; labels: int64 [N]."""
+    """A split held in memory. images: uint8 [N, C, H, W], or sequences [N, T, C, H, W]; labels: int64 [N]."""
 
     images: Tensor
     labels: Tensor
@@ -41,8 +54,18 @@ class Arrays:
         return len(self.labels)
 
     def image(self, index: int) -> Tensor:
-        """uint8 [C, H, W]."""
+        """uint8 [C, H, W] or [T, C, H, W]."""
         return self.images[index]
+
+    def take(self, indices: Tensor) -> Arrays:
+        """See `Split`."""
+        return Arrays(self.images[indices], self.labels[indices])
+
+    def joined(self, other: Split) -> Arrays:
+        """See `Split`."""
+        if not isinstance(other, Arrays):
+            raise _kinds_differ()
+        return Arrays(torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels]))
 
 
 @dataclass(frozen=True)
@@ -67,22 +90,34 @@ class Files:
             raise DataError(f"{self.paths[index]}: cannot be read as an image ({error}); replace or remove it.") from error
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
+    def take(self, indices: Tensor) -> Files:
+        """See `Split`."""
+        return Files(tuple(self.paths[i] for i in indices.tolist()), self.labels[indices])
+
+    def joined(self, other: Split) -> Files:
+        """See `Split`."""
+        if not isinstance(other, Files):
+            raise _kinds_differ()
+        return Files(self.paths + other.paths, torch.cat([self.labels, other.labels]))
+
 
 @dataclass(frozen=True)
 class Dataset:
     """Three splits; `val` is a fixed share of the published training set, `test` is reported once.
 
-    hash: sha256 over the decoded images, the labels and the indices of `val`.
+    hash: sha256 over the decoded images, the labels and the indices of `val`. window_us: how many microseconds an event
+    frame lasts, where all of them last as long.
     """
 
     name: str
     classes: tuple[str, ...]
-    train: Arrays | Files
-    val: Arrays | Files
-    test: Arrays | Files
+    train: Split
+    val: Split
+    test: Split
     hash: str
+    window_us: int | None = None
 
-    def split(self, name: str) -> Arrays | Files:
+    def split(self, name: str) -> Split:
         """"train", "val", "test" or "train+val". Errors: DataError for any other name.
 
         >>> a = Arrays(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]))
@@ -90,27 +125,15 @@ class Dataset:
         4
         """
         if name == "train+val":
-            return concatenate(self.train, self.val)
+            return self.train.joined(self.val)
         if name not in ("train", "val", "test"):
             raise DataError(f"{self.name} has no split {name!r}; allowed: 'train', 'val', 'test', 'train+val'.")
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
 
-def concatenate(first: Arrays | Files, second: Arrays | Files) -> Arrays | Files:
-    """Both splits as one."""
-    labels = torch.cat([first.labels, second.labels])
-    if isinstance(first, Arrays) and isinstance(second, Arrays):
-        return Arrays(torch.cat([first.images, second.images]), labels)
-    if isinstance(first, Files) and isinstance(second, Files):
-        return Files(first.paths + second.paths, labels)
-    raise DataError("a split in memory and a split on disk cannot be joined.")
-
-
-def take(whole: Arrays | Files, indices: Tensor) -> Arrays | Files:
+def take(whole: Split, indices: Tensor) -> Split:
     """The samples at `indices` (int64 [M]), in that order."""
-    if isinstance(whole, Arrays):
-        return Arrays(whole.images[indices], whole.labels[indices])
-    return Files(tuple(whole.paths[i] for i in indices.tolist()), whole.labels[indices])
+    return whole.take(indices)
 
 
 def held_out(labels: Tensor, names: Sequence[str] | None = None, share: float = VAL_SHARE) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ overflow counter, capacity, number, number valid), then the events. A polarity e
 from __future__ import annotations
 
 import csv
+import io
 import struct
 from collections.abc import Iterator
 from itertools import pairwise
@@ -117,8 +118,13 @@ def gesture_labels(path: Path | str) -> list[Span]:
 
     Errors: EventError naming the line.
     """
+    return parse_gesture_labels(Path(path).read_text("utf-8", "replace"), path)
+
+
+def parse_gesture_labels(text: str, path: Path | str) -> list[Span]:
+    """As `gesture_labels`, of the file's text."""
     spans = []
-    with Path(path).open(newline="", encoding="utf-8", errors="replace") as file:
+    with io.StringIO(text, newline="") as file:
         rows = csv.reader(file)
         try:
             header = next(rows, [])

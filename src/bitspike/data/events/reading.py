@@ -124,22 +124,26 @@ def read(path: Path | str, *, on_error: str = "raise", layout: str | None = None
     >>> found = read(path); found.format, found.size, found.data[1].item()
     ('evt2', (480, 640), (4, 639, 2, 0))
     """
-    path = Path(path)
-    with path.open("rb") as file:
-        source = Source(path, file)
-        held: list[np.ndarray] = []
-        stream = Stream("unknown", None, iter(()), {})
-        problem = None
-        if on_error not in ("raise", "prefix"):
-            raise EventError(f"on_error={on_error!r}; allowed: 'raise', 'prefix'.")
-        try:
-            stream = _open(source, layout)
-            for data in _pieces(source, stream):
-                held.append(data)
-        except EventError as error:
-            if on_error == "raise":
-                raise
-            problem = error
+    with Path(path).open("rb") as file:
+        return read_from(file, path, on_error=on_error, layout=layout)
+
+
+def read_from(file: BinaryIO, name: Path | str, *, on_error: str = "raise", layout: str | None = None) -> Events:
+    """As `read`, of an open file that can be sought, such as a member of an archive; name: for messages."""
+    source = Source(Path(name), file)
+    held: list[np.ndarray] = []
+    stream = Stream("unknown", None, iter(()), {})
+    problem = None
+    if on_error not in ("raise", "prefix"):
+        raise EventError(f"on_error={on_error!r}; allowed: 'raise', 'prefix'.")
+    try:
+        stream = _open(source, layout)
+        for data in _pieces(source, stream):
+            held.append(data)
+    except EventError as error:
+        if on_error == "raise":
+            raise
+        problem = error
     data = held[0] if len(held) == 1 and held[0].flags.writeable else join(held)
     return Events(data, stream.size, stream.format, dict(stream.skipped), problem)
 

@@ -41,12 +41,21 @@ def _is_sorted(t: np.ndarray) -> bool:
     return bool((t[1:] >= t[:-1]).all())
 
 
-def edges(data: np.ndarray, steps: int, by: str) -> np.ndarray:
+def pool(data: np.ndarray, size: tuple[int, int], to: tuple[int, int]) -> np.ndarray:
+    """The same events on a sensor of `to` pixels: (y, x) -> (y * h // H, x * w // W)."""
+    out = data.copy()
+    for name, old, new in (("y", size[0], to[0]), ("x", size[1], to[1])):
+        out[name] = (np.arange(old) * new // old).astype(np.uint16)[data[name]]
+    return out
+
+
+def edges(data: np.ndarray, steps: int, by: str, span: tuple[int, int] | None = None) -> np.ndarray:
     """Where the `steps` parts of sorted events begin and end, int64 [steps + 1]; by "count" or "time".
 
     count: N // steps events each, the rest goes to the last part. time: (t_last - t_first) // steps microseconds each,
     the last one up to and with the last event. Both are the conventions of the papers on DVS classification, which use
-    SpikingJelly's (its `split_by="number"` and `"time"`).
+    SpikingJelly's (its `split_by="number"` and `"time"`). span: [start, stop) in microseconds to be cut into equal times
+    in place of the events' own first to last; events outside it belong to no part.
 
     >>> from bitspike.data.events import events
     >>> edges(events([0, 1, 2, 9, 10], [0] * 5, [0] * 5, [0] * 5), 2, "count").tolist()
@@ -57,6 +66,9 @@ def edges(data: np.ndarray, steps: int, by: str) -> np.ndarray:
     if steps < 1 or by not in ("count", "time"):
         raise EventError(f"steps={steps}, by={by!r}; allowed: at least 1, and 'count' or 'time'.")
     number = len(data)
+    if by == "time" and span is not None:
+        start, stop = span
+        return np.searchsorted(data["t"], start + np.arange(steps + 1) * (stop - start) // steps, "left").astype(np.int64)
     if by == "count" or not number:
         inner = np.arange(steps) * (number // steps)
     else:
@@ -66,11 +78,13 @@ def edges(data: np.ndarray, steps: int, by: str) -> np.ndarray:
     return np.append(inner, number).astype(np.int64)
 
 
-def frames(data: np.ndarray, size: tuple[int, int], steps: int, by: str = "count") -> np.ndarray:
+def frames(data: np.ndarray, size: tuple[int, int], steps: int, by: str = "count",
+           pooled: tuple[int, int] | None = None, span: tuple[int, int] | None = None) -> np.ndarray:
     """Counts of events per step, polarity (0 OFF, 1 ON) and pixel: int32 [steps, 2, H, W].
 
     by "count": as many events in every step; by "time": as many microseconds (see `edges`). Events that are not in the
-    order of time are cut by count as they come, and sorted first when cut by time.
+    order of time are cut by count as they come, and sorted first when cut by time. pooled: (h, w) of the frames; pixel
+    (y, x) of the sensor counts into (y * h // H, x * w // W), so no event is lost. span: see `edges`.
 
     Errors: EventError for events outside the sensor.
 
@@ -81,7 +95,10 @@ def frames(data: np.ndarray, size: tuple[int, int], steps: int, by: str = "count
     _check(data, size)
     if by == "time" and not _is_sorted(data["t"]):
         data = data[np.argsort(data["t"], kind="stable")]
-    at = edges(data, steps, by)
+    at = edges(data, steps, by, span)
+    if pooled is not None and pooled != size:
+        data = pool(data, size, pooled)
+        size = pooled
     cells = 2 * size[0] * size[1]
     out = np.zeros((steps, cells), np.int32)
     for step in range(steps):

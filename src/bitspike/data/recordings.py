@@ -1,0 +1,120 @@
+"""Recordings of an event camera as a split: decoded and made into frames when they are asked for, or once into a cache."""
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitspike.data.archives import Store
+from bitspike.data.errors import DataError
+from bitspike.data.events import EventError
+from bitspike.data.events.framing import Frames
+from bitspike.data.events.reading import read_from
+from bitspike.data.frame_cache import Cache, cache_folder
+from bitspike.data.splits import Split
+from bitspike.progress import counted
+
+IN_MEMORY = 64 << 20  # bytes of recordings that are decoded anew at each start: quicker than to explain a cache
+_VERSION = 1  # of the frames' definition: another one makes caches of the old one unused
+
+
+class Clip(NamedTuple):
+    """A file of the store, or its events with start <= t < stop (microseconds) where these are given.
+
+    fixed: frames by time divide [start, stop); else the time from the clip's first to its last event.
+    """
+
+    name: str
+    start: int | None = None
+    stop: int | None = None
+    fixed: bool = False
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """A split of clips. sensor: (height, width); layout: see `bitspike.data.events.read`; labels: int64 [N]."""
+
+    store: Store
+    clips: tuple[Clip, ...]
+    labels: Tensor
+    sensor: tuple[int, int]
+    frames: Frames
+    layout: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def events(self, content: bytes, name: str) -> np.ndarray:
+        """The events of one file's content. Errors: DataError naming it."""
+        try:
+            found = read_from(io.BytesIO(content), name, layout=self.layout)
+        except EventError as error:
+            raise DataError(f"{', '.join(map(str, self.store.places))}: {error}") from None
+        return found.data
+
+    def _frames(self, data: np.ndarray, clip: Clip, random: np.random.Generator | None = None) -> np.ndarray:
+        span = None
+        if clip.start is not None and clip.stop is not None:
+            data = data[(data["t"] >= clip.start) & (data["t"] < clip.stop)]
+            span = (clip.start, clip.stop) if clip.fixed else None
+        try:
+            return self.frames.of(data, self.sensor, random, span)
+        except EventError as error:
+            raise DataError(f"{clip.name}: {error}") from None
+
+    def image(self, index: int) -> Tensor:
+        """uint8 [T, 2, H, W], not augmented. Errors: DataError."""
+        clip = self.clips[index]
+        return torch.from_numpy(self._frames(self.events(self.store.read(clip.name), clip.name), clip))
+
+    def augmented(self, index: int, seed: int) -> Tensor:
+        """uint8 [T, 2, H, W] of the events changed as `frames.augment` says: a pure function of index and seed."""
+        clip = self.clips[index]
+        data = self.events(self.store.read(clip.name), clip.name)
+        return torch.from_numpy(self._frames(data, clip, np.random.default_rng(seed)))
+
+    def take(self, indices: Tensor) -> Recordings:
+        """See `Split`."""
+        return replace(self, clips=tuple(self.clips[i] for i in indices.tolist()), labels=self.labels[indices])
+
+    def joined(self, other: Split) -> Recordings:
+        """See `Split`."""
+        if not isinstance(other, Recordings) or other.store is not self.store:
+            raise DataError("recordings can only be joined with others of the same data set.")
+        return replace(self, clips=self.clips + other.clips, labels=torch.cat([self.labels, other.labels]))
+
+    # ------------------------------------------------------------------------------------------ all at once
+    def decoded(self, name: str) -> tuple[Tensor, str]:
+        """(uint8 [N, T, 2, H, W] of all clips, sha256 of them); from the cache, or made and put there. Errors: DataError."""
+        files = self.store.ordered(clip.name for clip in self.clips)
+        held: dict[str, list[int]] = defaultdict(list)
+        for index, clip in enumerate(self.clips):
+            held[clip.name].append(index)
+        shape = (len(self.clips), self.frames.steps, 2, *self.frames.size)
+        if sum(map(self.store.size, files)) <= IN_MEMORY:
+            images = np.empty(shape, np.uint8)
+            for file, content in counted(self.store.walk(files), len(files), f"{name}: reading recordings"):
+                self._fill(images, self.events(content, file), held[file])
+            return torch.from_numpy(images), hashlib.sha256(images.data).hexdigest()
+        key = repr((_VERSION, self.store.fingerprint(files), self.clips, self.sensor, replace(self.frames, augment=""),
+                    self.layout))
+        with Cache(cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}", shape) as cache:
+            if not cache.finished:
+                order = [held[file] for file in files]
+                done = cache.begin(order)
+                for index, (file, content) in enumerate(
+                        counted(self.store.walk(files[done:]), len(files), f"{name}: making frames of recordings", done), done):
+                    self._fill(cache.images, self.events(content, file), held[file])
+                    cache.note(order, index + 1)
+                cache.finish()
+            return cache.open()
+
+    def _fill(self, images: np.ndarray, data: np.ndarray, indices: list[int]) -> None:
+        for index in indices:
+            images[index] = self._frames(data, self.clips[index])
