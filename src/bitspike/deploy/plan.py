@@ -12,11 +12,9 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
-from bitspike.deploy.ops import Array
 from bitspike.deploy.program import Op, Program, Value
 
 ALIGN = 64  # bytes; every place in the arena begins at a multiple of it
@@ -274,75 +272,3 @@ def steps(stage: Stage, layout: Layout) -> list[Step]:
             epilogue(step, op.output, index)
         found.append(step)
     return found
-
-
-# ------------------------------------------------------------------------------------------------ the extension
-def _numbers(*values: int | Array) -> list[Array]:
-    vectors = np.broadcast_arrays(*(np.atleast_1d(np.asarray(v, np.int32)) for v in values))
-    return [np.ascontiguousarray(v) for v in vectors]
-
-
-class Build:
-    """A layout handed to the extension: `plan` runs it, `stages[i]` is what stage i of the layout became (or None)."""
-
-    def __init__(self, layout: Layout, extension: Any, isa: str, fraction_bits: int) -> None:
-        self.layout = layout
-        self.plan = extension.Plan(isa)
-        self._ids: dict[str, int] = {}
-        #: the op of every convolution, in the order of `plan.layers()`
-        self.convolutions: list[Op] = []
-        pixels = layout.values["pixels"]
-        self._ids["pixels"] = self.plan.value("u8", "pixels", (pixels.steps, pixels.channels), (pixels.height, pixels.width), 0)
-        for name, place in layout.places.items():
-            v = layout.values[name]
-            self._ids[name] = self.plan.value(v.kind, place.where, (v.steps, v.channels), (v.height, v.width), place.offset)
-        self.stages = [self._stage(stage) if stage.compiled else None for stage in layout.stages]
-        self.complete = all(stage is not None for stage in self.stages)
-        self.plan.done(self._ids[layout.output], 2.0**-fraction_bits, layout.arena_bytes)
-
-    def _stage(self, stage: Stage) -> int:
-        first = stage.ops[0]
-        y = self.layout.values[first.output]
-        parts = 0 if stage.flat else first.attributes["heads"] if first.name == "attention" else y.height
-        number: int = self.plan.stage((y.height, y.width), parts)
-        for step in steps(stage, self.layout):
-            self._step(step)
-        return number
-
-    def _id(self, name: str | None) -> int:
-        return -1 if name is None else self._ids[name]
-
-    def _step(self, step: Step) -> None:
-        codes = [(self._ids[q.output], *_numbers(q.attributes["m"]), q.attributes["s"], q.attributes["lo"], q.attributes["hi"])
-                 for q in step.codes]
-        x = self._ids[step.x]
-        if step.op is None:
-            self.plan.finish(x, self._id(step.residual), self._id(step.out), codes)
-            return
-        op, a = step.op, step.op.attributes
-        y = self._id(op.output)
-        if op.name == "conv":
-            source = self.layout.values[step.x]
-            pad = np.ascontiguousarray(a["pad_value"], np.int16)
-            span = (min(source.lo, int(pad.min())), max(source.hi, int(pad.max())))
-            self.convolutions.append(op)
-            self.plan.conv(
-                x, np.ascontiguousarray(a["weight"]), a["stride"], a["padding"], a["groups"], pad, *_numbers(a["m"]), a["s"],
-                *_numbers(a["b"]), span, self._id(step.residual), self._id(step.out), codes,
-            )
-        elif op.name == "affine":
-            m, b = _numbers(a["m"], a["b"])
-            self.plan.affine(x, m, b, a["s"], y)
-        elif op.name == "lookup":
-            self.plan.lookup(x, np.ascontiguousarray(a["table"]), y)
-        elif op.name == "lif":
-            self.plan.lif(x, a["decay"], a["gain"], a["threshold"], a["reset"], a["strict"], y)
-        elif op.name == "ielif":
-            self.plan.ielif(x, a["levels"], a["decay"], a["fraction_bits"], y)
-        elif op.name == "mean":
-            (self.plan.mean_time if a["over"] == "time" else self.plan.mean_space)(x, a["m"], y)
-        elif op.name == "maxpool":
-            self.plan.maxpool(x, a["kernel"], a["stride"], a["padding"], y)
-        else:
-            q, k, v = (self._ids[name] for name in op.inputs)
-            self.plan.attention(q, k, v, a["heads"], a["m"], a["s"], y)

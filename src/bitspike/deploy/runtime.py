@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitspike.deploy import artifact, kernels, ops, plan
-from bitspike.deploy.errors import ArtifactError
+from bitspike.deploy import artifact, kernels, ops
+from bitspike.deploy.compiled import Compiled, LayerTime
+from bitspike.deploy.errors import ArtifactError, KernelError
 from bitspike.deploy.ops import Array
 from bitspike.deploy.program import Op, Program
 
 ZOO = Path(__file__).parent / "zoo"
-CHUNK_BYTES = 4 << 20  # values alive at once, per thread; more would leave the caches and gain nothing
-
-_NO_TIMES = np.empty(0)
+CHUNK_BYTES = 4 << 20  # values alive at once where numpy computes, per thread
 
 #: one op bound to its kernels: (inputs, threads) -> output
 _Step = Callable[[list[Array], int], Array]
@@ -65,7 +64,7 @@ class Net:
     def __init__(self, source: artifact.Artifact) -> None:
         self._artifact = source
         self._bound: dict[str, list[_Step]] = {}
-        self._built: dict[str, plan.Build | None] = {}
+        self._compiled: dict[str, Compiled] = {}
 
     @property
     def header(self) -> Mapping[str, Any]:
@@ -111,9 +110,9 @@ class Net:
         """
         images, count = self._check(images, threads)
         logits = np.empty((images.shape[1], len(self.header["classes"])), np.float32)
-        built = self._plan()
-        if built is not None and built.complete:
-            built.plan.run(images, logits, count, _NO_TIMES)
+        extension = kernels.extension(kernels.active())
+        if extension is not None:
+            self._compile(extension).run(images, logits, count)
             return logits
         program = self.program
         chunk = max(1, CHUNK_BYTES * count // program.live_bytes)
@@ -127,6 +126,22 @@ class Net:
                         del values[name]
             logits[first : first + chunk] = self._logits(values[program.output])
         return logits
+
+    def explain(self, images: NDArray[np.uint8], threads: int | None = 1, repeats: int = 5) -> list[LayerTime]:
+        """Where the time goes: every stage (a convolution, and what is fused to it) with its variant, density and time.
+
+        The shortest of `repeats` passes over all images together. With threads, they share every image.
+
+        Raises:
+            TypeError, ValueError: as for a call.
+            KernelError: on numpy, which has no stages.
+        """
+        images, count = self._check(images, threads)
+        extension = kernels.extension(kernels.active())
+        if extension is None:
+            raise KernelError(f"explain: the kernels in use are 'numpy', which run op by op; choose one of "
+                              f"{', '.join(kernels.available()[1:]) or 'the compiled ones (none is installed)'}")
+        return self._compile(extension).explain(images, count, max(1, repeats))
 
     def trace(self, images: NDArray[np.uint8], threads: int | None = None) -> dict[str, Array]:
         """Every value of the program by its id, `[S, B, H, W, C]`; nothing is freed, so keep the batch small.
@@ -172,14 +187,16 @@ class Net:
             raise ValueError(f"threads: found {count}; 1..1024 are allowed")
         return np.ascontiguousarray(images), count
 
-    def _plan(self) -> plan.Build | None:
-        """The program laid out for the kernels in use; None for numpy."""
+    def _compile(self, extension: Any) -> Compiled:
+        """The program laid out for the kernels in use."""
         name = kernels.active()
-        if name not in self._built:
-            extension = kernels.extension(name)
-            layout = None if extension is None else plan.lay_out(self.program)
-            self._built[name] = None if layout is None else plan.Build(layout, extension, name, self.header["fraction_bits"])
-        return self._built[name]
+        if name not in self._compiled:
+            kernel_set, values = kernels.get(name), self.program.values
+            self._compiled[name] = Compiled(
+                self.program, extension, name, self.header["fraction_bits"],
+                lambda op: _bind(op, values[op.inputs[0]].kind == "s8", kernel_set),
+            )
+        return self._compiled[name]
 
     def _steps(self) -> list[_Step]:
         """The ops bound to the kernels in use; weights are laid out for a set of kernels when it is first used."""
