@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "codes.h"
 #include "drive.h"
 
 namespace nb = nanobind;
@@ -283,6 +284,24 @@ void lookup(const std::string& isa, In x, Const<int8_t, 2> table, Out y, int thr
                 static_cast<int8_t*>(y.data()), threads);
 }
 
+void unpack(Const<uint8_t, 1> packed, int bits, Const<int8_t, 1> table,
+            nb::ndarray<int8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> codes) {
+  require(bits >= 1 && bits <= 8 && table.size() == size_t(1) << bits, "the table must have one code for every field");
+  require(packed.size() == (codes.size() * bits + 7) / 8, "packed has the wrong length");
+  nb::gil_scoped_release release;
+  unpack_codes(packed.data(), codes.size(), bits, table.data(), codes.data());
+}
+
+int64_t bound(Const<int8_t, 4> weight, Const<int64_t, 1> largest, int groups) {
+  require(groups > 0 && weight.shape(0) % groups == 0 && largest.size() == weight.shape(3) * groups && weight.size() > 0,
+          "largest must have one number per input channel");
+  for (size_t c = 0; c < largest.size(); ++c)
+    require(largest.data()[c] >= 0 && largest.data()[c] <= 1 << 15, "the largest code of a channel must be 0..2^15");
+  nb::gil_scoped_release release;
+  return accumulator_bound(weight.data(), weight.shape(0), weight.shape(1) * weight.shape(2), weight.shape(3), groups,
+                           largest.data());
+}
+
 std::vector<std::string> available() {
   std::vector<std::string> names;
   for (const Kernels* const* k = available_kernels(); *k; ++k) names.push_back((*k)->name);
@@ -300,6 +319,8 @@ NB_MODULE(_kernels, m) {
   using namespace bitspike;
   m.doc() = "Integer kernels; see csrc/kernels.h. Use bitspike.deploy.kernels, which adds the numpy definitions.";
   bind_plan(m);
+  m.def("unpack", &unpack, "packed"_a.noconvert(), "bits"_a, "table"_a.noconvert(), "codes"_a.noconvert());
+  m.def("bound", &bound, "weight"_a.noconvert(), "largest"_a.noconvert(), "groups"_a);
   m.def("available", &available, "Names of the kernel sets this CPU can run, best last.");
   // noconvert: a wrong dtype is an error, never a silent copy (and a copy of y would lose the result).
   const auto x = "x"_a.noconvert(), y = "y"_a.noconvert();

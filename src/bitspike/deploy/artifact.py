@@ -7,6 +7,7 @@ once for every convolution that names them (2^29 in all at most).
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import stat
 import struct
@@ -107,7 +108,9 @@ def _tensor(name: str, entry: Any, size: int) -> tuple[int, int, type[np.generic
 
 def _array(raw: memoryview, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
     array = np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).reshape(shape)
-    array = np.require(array, dtype, ["C", "ALIGNED"])  # a copy only where another writer left it unaligned
+    # Packed weights stay where they are, in the mapped file: they are unpacked once, when the program is checked. All else
+    # is copied, so that nothing that is read later depends on what becomes of the file.
+    array = array.astype(dtype, copy=dtype is not np.uint8)
     array.flags.writeable = False
     return array
 
@@ -157,8 +160,8 @@ def _check_header(header: dict[str, Any], tensors: Mapping[str, NDArray[Any]]) -
     return program
 
 
-def parse(data: bytes) -> Artifact:
-    """Check the bytes of a whole file and make sense of them.
+def parse(data: bytes | mmap.mmap) -> Artifact:
+    """Check the bytes of a whole file, or its mapping, and make sense of them.
 
     Raises:
         ArtifactError: anything at all is wrong.
@@ -214,8 +217,9 @@ def read(path: str | os.PathLike[str]) -> Artifact:
         if status.st_size > MAX_FILE_BYTES:
             raise ArtifactError(f"the file has {status.st_size} bytes; at most {MAX_FILE_BYTES} are allowed")
         with Path(path).open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        return parse(data)
+            if not status.st_size:
+                return parse(b"")
+            return parse(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except (FileNotFoundError, NotADirectoryError):
         message = "there is no such file. Give the path of a *.bitspike file; 'bitspike export' writes them"
     except (OSError, ValueError) as error:  # a path with a NUL byte is a ValueError

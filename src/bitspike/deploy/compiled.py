@@ -175,7 +175,8 @@ class Compiled:
                 self.plan.run(images, logits, threads, seconds)
             else:
                 self._run_parts(images, logits, threads, seconds, elsewhere)
-            for key, spent in [*enumerate(seconds.tolist()), *elsewhere.items()]:
+            found: dict[int | str, float] = {**dict(enumerate(seconds.tolist())), **elsewhere}
+            for key, spent in found.items():
                 best[key] = min(best.get(key, spent), spent)
         convolutions: Mapping[int, dict[str, Any]] = {found["stage"]: found for found in self.plan.layers()}
         rows = []

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitspike.deploy import kernels
 from bitspike.deploy.errors import ArtifactError
 
 BITS = {"uniform": range(2, 9), "binary": range(1, 2), "pow2": range(2, 5)}
@@ -105,6 +106,10 @@ def unpack_codes(packed: bytes | NDArray[np.uint8], shape: Sequence[int], scheme
     if spare and stream[-1] >> (8 - spare):
         raise ArtifactError("packed weights do not end in zero bits; the file was not written by this format")
     codes = np.empty(count, np.int8)
+    extension = kernels.extension(kernels.available()[-1])
+    if extension is not None:
+        extension.unpack(np.ascontiguousarray(stream), bits, table, codes)
+        return codes.reshape(tuple(shape))
     for start in range(0, count, _BLOCK):
         n = min(_BLOCK, count - start)
         block = stream[start * bits // 8 :]

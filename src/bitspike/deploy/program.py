@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitspike.deploy import kernels
 from bitspike.deploy.errors import ArtifactError
 from bitspike.deploy.fields import INT32_MAX, INT32_MIN, Fields, shown
 from bitspike.deploy.ops import windows
@@ -138,6 +139,9 @@ def _weight(fields: Fields, shape: tuple[int, ...], context: _Context) -> NDArra
 
 def _accumulator_bound(weight: NDArray[np.int8], largest: NDArray[np.int64], groups: int) -> int:
     """Largest sum over taps and channels of |weight| * largest |code| of the input channel, over all outputs."""
+    extension = kernels.extension(kernels.available()[-1])
+    if extension is not None:
+        return int(extension.bound(np.ascontiguousarray(weight), np.ascontiguousarray(largest, np.int64), groups))
     outputs, inputs = weight.shape[0], weight.shape[3]
     group_outputs = outputs // groups
     block = max(1, (1 << 20) // max(1, weight[0].size))
