@@ -12,7 +12,7 @@ from typing import Any
 from cyclopts import App, CycloptsError
 
 import bitspike
-from bitspike.cli import desk, device
+from bitspike.cli import bench, desk, device
 from bitspike.cli.messages import complain, warn
 from bitspike.extras import explain
 
@@ -25,6 +25,7 @@ app.command(desk.train)
 app.command(desk.evaluate, name="eval")
 app.command(desk.export)
 app.command(desk.profile)
+app.command(bench.bench)
 app.command(desk.layers)
 app.command(desk.recipes)
 app.command(desk.demo)
