@@ -108,8 +108,9 @@ class CompactSpikeformer(nn.Module):
 
     Args: widths of the three groups; extra: residual convolutions per group; heads; attention: on or off (off leaves the
     block out); num_classes; time_steps; neuron: function that returns a new neuron; attention_scale: factor on
-    q (k^T v), per channel of a head; the default keeps 49 tokens in the neuron's range; logit_scale: factor on the logits.
-    Shapes: images [B, 3, H, W] (H, W from 26 to 33 give the final 3x3 map that is pooled) or sequences -> [B, classes].
+    q (k^T v), per channel of a head; the default keeps 49 tokens in the neuron's range; logit_scale: factor on the logits;
+    in_channels: 3, or 2 for event frames (then the stem is drawn at random).
+    Shapes: images [B, in_channels, H, W] (H, W from 26 to 33 give the final 3x3 map that is pooled) or sequences -> [B, classes].
 
     >>> CompactSpikeformer((8, 16, 16), heads=2)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
@@ -118,18 +119,20 @@ class CompactSpikeformer(nn.Module):
     def __init__(self, widths: Sequence[int] = (64, 256, 256), extra: Sequence[int] = (1, 1, 1), heads: int = 8,
                  attention: bool = True, num_classes: int = 10, time_steps: int = 1,
                  neuron: NeuronFactory = partial(IELIF, 4, 2.0), stem_width: int = 24, attention_scale: float = 0.25,
-                 logit_scale: float = 0.25) -> None:
+                 logit_scale: float = 0.25, in_channels: int = 3) -> None:
         super().__init__()
         if len(widths) != 3 or len(extra) != 3:
             raise ValueError(f"CompactSpikeformer: widths={tuple(widths)}, extra={tuple(extra)}; both need three numbers.")
         self.time_steps, self.logit_scale = time_steps, logit_scale
-        self.stem = ConvNorm(nn.Conv2d(3, stem_width, 2, bias=False), _norm(stem_width))
+        self.stem = ConvNorm(nn.Conv2d(in_channels, stem_width, 2, bias=False), _norm(stem_width))
         before = (stem_width, *widths[:2])
         self.groups = nn.ModuleList([Group(i, o, n, neuron) for i, o, n in zip(before, widths, extra, strict=True)])
         self.attention = SpikeAttention(widths[1], heads, attention_scale * heads / widths[1], neuron) if attention else None
         self.pool = nn.MaxPool2d(3)
         self.neuron = neuron()
         self.head = nn.Linear(widths[2], num_classes, bias=False)
+        if in_channels != 3:  # event frames: no colours, no axes known beforehand
+            return
         with torch.no_grad():
             self.stem.conv.weight.copy_(haar_stem(stem_width))  # type: ignore[operator]
 
@@ -161,3 +164,11 @@ def compact_lif(num_classes: int = 10, time_steps: int = 4, attention: bool = Tr
     """`compact` with plain LIF neurons over T steps."""
     return CompactSpikeformer(widths, extra, attention=attention, num_classes=num_classes, time_steps=time_steps,
                               neuron=partial(LIF, 0.5, 0.5), attention_scale=2.0)
+
+
+def compact_events(num_classes: int = 10, time_steps: int = 10, attention: bool = True,
+                   widths: tuple[int, int, int] = (32, 64, 128),
+                   extra: tuple[int, int, int] = (1, 1, 1)) -> CompactSpikeformer:
+    """`compact_lif` for event frames [T, B, 2, H, W], smaller: 0.3 M weights."""
+    return CompactSpikeformer(widths, extra, attention=attention, num_classes=num_classes, time_steps=time_steps,
+                              neuron=partial(LIF, 0.5, 0.5), stem_width=16, attention_scale=2.0, in_channels=2)
