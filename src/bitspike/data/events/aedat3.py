@@ -16,8 +16,10 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from bitspike.data.events import native
 from bitspike.data.events.core import (
     BLOCK,
+    DTYPE,
     EventError,
     Part,
     Source,
@@ -71,6 +73,12 @@ def _parts(source: Source, start: int, skipped: dict[str, int]) -> Iterator[Part
         whole = min(number, (source.length - body) // width)
         for first in range(0, whole, BLOCK):
             raw = np.frombuffer(source.at(body + first * width, min(BLOCK, whole - first) * width), _POLARITY)
+            if native.module is not None:
+                out = native.rows(len(raw))
+                valid, used, _ = native.module.aedat3(raw.view(np.uint8), out, overflow)
+                count(skipped, "marked invalid", used - valid)
+                yield Part(out[:16 * valid].view(DTYPE), body + first * width, width if valid == used else 0)
+                continue
             bits = raw["bits"]
             keep = bits & 1 != 0
             count(skipped, "marked invalid", len(bits) - int(keep.sum()))

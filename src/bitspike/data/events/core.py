@@ -175,6 +175,28 @@ def unwrap(raw: np.ndarray, bits: int, last: int | None) -> np.ndarray:
     return raw + (np.cumsum(falls.astype(np.int64) - rises) * full + base)
 
 
+def first_outside(data: np.ndarray, height: int, width: int) -> int:
+    """The first event that is not on the sensor; their number, if all are."""
+    from bitspike.data.events import native
+
+    raw = native.as_bytes(data)
+    if raw is not None:
+        return int(native.module.first_outside(raw, height, width))
+    if not len(data) or (int(data["x"].max()) < width and int(data["y"].max()) < height):
+        return len(data)
+    return int(np.argmax((data["x"] >= width) | (data["y"] >= height)))
+
+
+def is_sorted(data: np.ndarray) -> bool:
+    """Whether the times never fall."""
+    from bitspike.data.events import native
+
+    raw = native.as_bytes(data)
+    if raw is not None:
+        return bool(native.module.is_sorted(raw))
+    return bool((data["t"][1:] >= data["t"][:-1]).all())
+
+
 def count(skipped: dict[str, int], kind: str, number: int) -> None:
     """Note that `number` things of that kind are no events."""
     if number:

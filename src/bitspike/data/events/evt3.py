@@ -13,7 +13,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from bitspike.data.events.core import Part, Source, check_writable, count, events, unwrap
+from bitspike.data.events import native
+from bitspike.data.events.core import DTYPE, Part, Source, check_writable, count, events, unwrap
 from bitspike.data.events.raw_words import raw_header, time_words
 
 Y, X, BASE, VECTOR12, VECTOR8, LOW, CONTINUED4, HIGH, TRIGGER, OTHER, CONTINUED12 = 0, 2, 3, 4, 5, 6, 7, 8, 10, 14, 15
@@ -30,6 +31,9 @@ def _held(words: np.ndarray, kind: np.ndarray, which: int, before: int, at: np.n
 
 def parts(source: Source, start: int, order: str, skipped: dict[str, int]) -> Iterator[Part]:
     """Errors: EventError for reserved words, vectors that leave 2,048 columns, and a last word cut short."""
+    if native.module is not None:
+        yield from _native(source, start, order, skipped)
+        return
     y = low = base = advanced = 0
     high: int | None = None
     for offset, block in source.records(start, order + "u2", "a word"):
@@ -94,6 +98,25 @@ def parts(source: Source, start: int, order: str, skipped: dict[str, int]) -> It
         base, y = (int(_held(words, kind, which, old, end)[0]) for which, old in ((BASE, base), (Y, y)))
         low = int(_low(words, starts, kind, low, end)[0])
         high = int(time_high[-1]) if len(time_high) else high
+
+
+def _native(source: Source, start: int, order: str, skipped: dict[str, int]) -> Iterator[Part]:
+    state = np.zeros(9, np.int64)
+    for offset, block in source.records(start, order + "u2", "a word"):
+        words = np.ascontiguousarray(block, "<u2")
+        begin = fault = 0
+        while begin < len(words) and not fault:
+            out = native.rows(max(12, len(words) - begin) + 12)
+            number, used, fault = native.module.evt3(words[begin:].view(np.uint8), out, state)
+            for kind, counted in zip(("triggers", "vendor words", "events before the first time"), state[6:], strict=True):
+                count(skipped, kind, int(counted))
+            state[6:] = 0
+            yield Part(out[:16 * number].view(DTYPE), offset + 2 * begin, 0)
+            begin += used
+        if fault:
+            what = (f"a word of the reserved type {int(words[begin]) >> 12:#x}" if fault == 1
+                    else f"a vector that reaches column {fault}, allowed: 0..2047")
+            raise source.error(offset + 2 * begin, f"{what}: the file is corrupt. Copy it again, or use on_error=\"prefix\".")
 
 
 def _low(words: np.ndarray, starts: np.ndarray, kind: np.ndarray, before: int, at: np.ndarray) -> np.ndarray:

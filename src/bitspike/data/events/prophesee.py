@@ -12,8 +12,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from bitspike.data.events import evt3
+from bitspike.data.events import evt3, native
 from bitspike.data.events.core import (
+    DTYPE,
     EventError,
     Part,
     Source,
@@ -72,6 +73,15 @@ def _dat(source: Source, start: int) -> Iterator[Part]:
     if len(kind) < 2 or kind[0] not in (0x00, 0x0C) or kind[1] != 8:
         raise source.error(start, f"event type and size are {kind.hex(' ') or 'missing'}, expected 00 08 or 0c 08: corrupt, or "
                            "not a file of change events.")
+    if native.module is not None:
+        state = np.zeros(2, np.int64)
+        for offset, block in source.records(start + 2, _DAT, "an event"):
+            out = native.rows(len(block))
+            number, _, fault = native.module.dat(block.view(np.uint8), out, state)
+            yield Part(out[:16 * number].view(DTYPE), offset, 8)
+            if fault:
+                raise _bad_polarity(source, offset + 8 * number, int(block["bits"][number]) >> 28)
+        return
     last: int | None = None
     for offset, block in source.records(start + 2, _DAT, "an event"):
         time = unwrap(block["t"].astype(np.int64), 32, last)
@@ -81,11 +91,32 @@ def _dat(source: Source, start: int) -> Iterator[Part]:
         good = int(np.argmax(p > 1)) if (p > 1).any() else len(p)
         yield Part(events(time[:good], bits[:good] & 0x3FFF, bits[:good] >> 14 & 0x3FFF, p[:good]), offset, 8)
         if good < len(p):
-            raise source.error(offset + 8 * good, f"polarity {p[good]}, expected 0 or 1: the file is corrupt. Copy it "
-                               "again, or use on_error=\"prefix\".")
+            raise _bad_polarity(source, offset + 8 * good, int(p[good]))
+
+
+def _bad_polarity(source: Source, offset: int, found: int) -> EventError:
+    return source.error(offset, f"polarity {found}, expected 0 or 1: the file is corrupt. Copy it again, or use "
+                        "on_error=\"prefix\".")
+
+
+def _reserved(source: Source, offset: int, word: int) -> EventError:
+    return source.error(offset, f"a word of the reserved type {word >> 28:#x}: the file is corrupt. Copy it again, or use "
+                        "on_error=\"prefix\".")
 
 
 def _evt2(source: Source, start: int, order: str, skipped: dict[str, int]) -> Iterator[Part]:
+    if native.module is not None:
+        state = np.zeros(5, np.int64)
+        for offset, block in source.records(start, order + "u4", "a word"):
+            out = native.rows(len(block))
+            number, used, fault = native.module.evt2(np.ascontiguousarray(block, "<u4").view(np.uint8), out, state)
+            for kind, counted in zip(("triggers", "vendor words", "events before the first time"), state[2:], strict=True):
+                count(skipped, kind, int(counted))
+            state[2:] = 0
+            yield Part(out[:16 * number].view(DTYPE), offset, 0)
+            if fault:
+                raise _reserved(source, offset + 4 * used, int(block[used]))
+        return
     last: int | None = None
     for offset, block in source.records(start, order + "u4", "a word"):
         words = block.astype(np.uint32)
@@ -108,8 +139,7 @@ def _evt2(source: Source, start: int, order: str, skipped: dict[str, int]) -> It
         yield Part(events(base[age] << 6 | (word >> 22 & 0x3F), word >> 11 & 0x7FF, word & 0x7FF, p), offset, 0)
         last = int(high[-1]) if len(high) else last
         if good < len(block):
-            raise source.error(offset + 4 * good, f"a word of the reserved type {int(block[good]) >> 28:#x}: the file is "
-                               "corrupt. Copy it again, or use on_error=\"prefix\".")
+            raise _reserved(source, offset + 4 * good, int(block[good]))
 
 
 def write_dat(file: BinaryIO, data: np.ndarray, size: tuple[int, int] | None) -> None:

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bitspike.data.events import aedat2, aedat3, aedat4, arrays, evt3, nmnist, prophesee
-from bitspike.data.events.core import EventError, Events, Source, Stream, join
+from bitspike.data.events.core import EventError, Events, Source, Stream, first_outside, join
 
 _Writer = Callable[[BinaryIO, np.ndarray, "tuple[int, int] | None"], None]
 _WRITERS: dict[str, _Writer] = {
@@ -57,8 +57,8 @@ def _pieces(source: Source, stream: Stream) -> Iterator[np.ndarray]:
     height, width = stream.size or (1 << 16, 1 << 16)
     for part in stream.parts:
         data = part.data
-        if stream.size is not None and len(data) and (int(data["x"].max()) >= width or int(data["y"].max()) >= height):
-            first = int(np.argmax((data["x"] >= width) | (data["y"] >= height)))
+        first = len(data) if stream.size is None else first_outside(data, height, width)
+        if first < len(data):
             yield data[:first]
             raise source.error(part.offset + first * part.stride, f"an event at x={data['x'][first]}, y={data['y'][first]}"
                                f"{'' if part.stride else ', in the block that begins there'}, on a sensor of {width} x "

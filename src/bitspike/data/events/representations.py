@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bitspike.data.events.core import EventError
+from bitspike.data.events import native
+from bitspike.data.events.core import EventError, first_outside, is_sorted
 
 _BLOCK = 1 << 16
 
@@ -18,7 +19,7 @@ def _check(data: np.ndarray, size: tuple[int, int]) -> None:
     height, width = size
     if height < 1 or width < 1:
         raise EventError(f"a sensor of {width} x {height}; give size=(height, width).")
-    if len(data) and (int(data["x"].max()) >= width or int(data["y"].max()) >= height):
+    if first_outside(data, height, width) < len(data):
         raise EventError(f"events reach x={data['x'].max()}, y={data['y'].max()}, outside the sensor of {width} x {height}; "
                          "give its size=(height, width).")
 
@@ -35,10 +36,6 @@ def _pixels(data: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _blocks(data: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(data), _BLOCK):
         yield data[start:start + _BLOCK]
-
-
-def _is_sorted(t: np.ndarray) -> bool:
-    return bool((t[1:] >= t[:-1]).all())
 
 
 def pool(data: np.ndarray, size: tuple[int, int], to: tuple[int, int]) -> np.ndarray:
@@ -93,14 +90,21 @@ def frames(data: np.ndarray, size: tuple[int, int], steps: int, by: str = "count
     [[[0, 1], [0, 0]], [[0, 0], [1, 0]]]
     """
     _check(data, size)
-    if by == "time" and not _is_sorted(data["t"]):
+    if by == "time" and not is_sorted(data):
         data = data[np.argsort(data["t"], kind="stable")]
     at = edges(data, steps, by, span)
-    if pooled is not None and pooled != size:
-        data = pool(data, size, pooled)
-        size = pooled
-    cells = 2 * size[0] * size[1]
+    pooled = pooled or size
+    cells = 2 * pooled[0] * pooled[1]
     out = np.zeros((steps, cells), np.int32)
+    raw = native.as_bytes(data)
+    if raw is not None:
+        row, column = (np.arange(old) * new // old for old, new in zip(size, pooled, strict=True))
+        for step in range(steps):
+            part = raw[16 * at[step]:16 * at[step + 1]]
+            native.module.accumulate(part, row * pooled[1], column, cells // 2, out[step])
+        return out.reshape(steps, 2, *pooled)
+    if pooled != size:
+        data, size = pool(data, size, pooled), pooled
     for step in range(steps):
         part = data[at[step]:at[step + 1]]
         block_size = max(_BLOCK, cells)  # a bincount costs a pass over the frame: not one for a few events
@@ -185,10 +189,10 @@ def time_surface(data: np.ndarray, size: tuple[int, int], tau: float, at: np.nda
     _check(data, size)
     if not tau > 0:
         raise EventError(f"tau={tau}; allowed: more than 0 microseconds.")
-    if not _is_sorted(data["t"]):
+    if not is_sorted(data):
         data = data[np.argsort(data["t"], kind="stable")]
     moments = np.asarray(data["t"][-1:] if at is None else at, np.int64)
-    if not _is_sorted(moments):
+    if (moments[1:] < moments[:-1]).any():
         raise EventError("the moments `at` must grow.")
     cells = 2 * size[0] * size[1]
     last = np.zeros(cells, np.int64)
