@@ -85,7 +85,7 @@ def bench(model: str, /, *, peers: Annotated[bool, Parameter(negative=())] = Fal
             from bitspike.benching.explain import explained, table_of
 
             rows = explained(net, images, threads)
-            wide.print(table_of(rows))
+            wide.print(table_of(rows, threads))
             told["layers"] = rows
     if json_file is not None:
         write_json(json_file, told)
