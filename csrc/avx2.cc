@@ -12,6 +12,7 @@ struct Avx2 {
   using Code = int16_t;
   using Weight = int16_t;
   static constexpr int kUnit = 2, kLanes = 8, kPixels = 4, kVectors = 2;
+  static constexpr int kBytes = 32, kEventRows = 2;
   static constexpr int kSignedOffset = 0;
 
   static __m256i mask(int lanes) {
@@ -141,6 +142,38 @@ struct Avx2 {
     }
     for (; i < n; ++i) zeros += p[i] == 0;
     return n - zeros;
+  }
+
+  static I32 load_bytes(const int8_t* p) { return load_weights(reinterpret_cast<const int16_t*>(p)); }
+  static I32 add8(I32 a, const int8_t* p) { return _mm256_add_epi8(a, load_bytes(p)); }
+  // acc[j] += byte j of every lane, signed.
+  static void flush8(I32* acc, I32 part) {
+    acc[0] = _mm256_add_epi32(acc[0], _mm256_srai_epi32(_mm256_slli_epi32(part, 24), 24));
+    acc[1] = _mm256_add_epi32(acc[1], _mm256_srai_epi32(_mm256_slli_epi32(part, 16), 24));
+    acc[2] = _mm256_add_epi32(acc[2], _mm256_srai_epi32(_mm256_slli_epi32(part, 8), 24));
+    acc[3] = _mm256_add_epi32(acc[3], _mm256_srai_epi32(part, 24));
+  }
+  // Appends every channel's number as often as its code says.
+  static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
+    for (int c = 0; c < channels; c += 32) {
+      uint8_t last[32] = {};
+      const uint8_t* from = codes + c;
+      if (channels - c < 32) from = static_cast<const uint8_t*>(memcpy(last, from, channels - c));
+      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      unsigned has = ~static_cast<unsigned>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())));
+      for (; has; has &= has - 1) {
+        const int i = static_cast<int>(_mm_popcnt_u32((has & (0u - has)) - 1));
+        for (int n = from[i]; n > 0; --n) to[count++] = static_cast<uint16_t>(c + i);
+      }
+    }
+    return count;
+  }
+  // to[i] = from[i] + row; may write and read 16 entries too many.
+  static void copy_events(uint16_t* to, const uint16_t* from, size_t n, uint16_t row) {
+    const __m256i offset = _mm256_set1_epi16(static_cast<short>(row));
+    for (size_t i = 0; i < n; i += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_add_epi16(_mm256_loadu_si256(
+          reinterpret_cast<const __m256i*>(from + i)), offset));
   }
   static I32 multiply_add(I32 acc, I32 a, I32 b) { return _mm256_add_epi32(acc, _mm256_mullo_epi32(a, b)); }
   static I32 more(I32 a, I32 b) { return _mm256_cmpgt_epi32(a, b); }

@@ -12,6 +12,7 @@ struct Avx512 {
   using Code = uint8_t;
   using Weight = int8_t;
   static constexpr int kUnit = 4, kLanes = 16, kPixels = 8, kVectors = 3;
+  static constexpr int kBytes = 64, kEventRows = 4;
   static constexpr int kSignedOffset = 128;  // vpdpbusd wants unsigned codes; the start value takes it back
 
   static __mmask16 mask(int lanes) { return static_cast<__mmask16>((1u << lanes) - 1); }
@@ -119,6 +120,34 @@ struct Avx512 {
     }
     for (; i < n; ++i) count += p[i] != 0;
     return count;
+  }
+
+  static I32 load_bytes(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static I32 add8(I32 a, const int8_t* p) { return _mm512_add_epi8(a, _mm512_loadu_si512(p)); }
+  // acc[j] += byte j of every lane, signed.
+  static void flush8(I32* acc, I32 part) {
+    for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], _mm512_set1_epi32(1 << 8 * j), part);
+  }
+  // Appends every channel's number as often as its code says; may write 16 entries too many.
+  static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
+    __m512i number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int c = 0; c < channels; c += kLanes, number = _mm512_add_epi32(number, _mm512_set1_epi32(kLanes))) {
+      const __m512i code = widen_u8(codes + c, at_most(channels - c, kLanes));
+      int least = 1;
+      for (__mmask16 has = _mm512_test_epi32_mask(code, code); has;
+           has = _mm512_cmpge_epi32_mask(code, _mm512_set1_epi32(++least))) {
+        const __m256i numbers = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(has, number));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + count), numbers);
+        count += _mm_popcnt_u32(has);
+      }
+    }
+    return count;
+  }
+  // to[i] = from[i] + row; may write and read 32 entries too many.
+  static void copy_events(uint16_t* to, const uint16_t* from, size_t n, uint16_t row) {
+    const __m512i offset = _mm512_set1_epi16(static_cast<short>(row));
+    for (size_t i = 0; i < n; i += 32)
+      _mm512_storeu_si512(to + i, _mm512_add_epi16(_mm512_loadu_si512(from + i), offset));
   }
   static I32 multiply_add(I32 acc, I32 a, I32 b) { return _mm512_add_epi32(acc, _mm512_mullo_epi32(a, b)); }
   static I32 more(I32 a, I32 b) { return _mm512_movm_epi32(_mm512_cmpgt_epi32_mask(a, b)); }

@@ -1,6 +1,7 @@
 // The other vector kernels over the primitives of tiles.h. Plain loops here are left to the compiler's vectorizer,
 // which has this file's instruction set too; where it would lose (int64 products, saturation) primitives are used.
 #pragma once
+#include "events.h"
 #include "tiles.h"
 
 namespace bitspike {
@@ -178,7 +179,7 @@ constexpr Kernels kernels(const char* name) {
   return {name,
           {{[](const Conv&) { return true; }, conv_packed_bytes<V>, conv_pack<V>, conv_scratch_bytes<V>, conv_dense<V>},
            kNone,
-           kNone,
+           {events_supported<V>, events_packed_bytes<V>, events_pack<V>, events_scratch_bytes<V>, conv_events<V>},
            kNone,
            kNone},
           finish<V>,
