@@ -68,6 +68,13 @@ struct Avx2 {
     return widen_s8(codes);
   }
 
+  template <bool kSigned>
+  static I32 tap_code(const uint8_t* p, int lanes) {
+    return kSigned ? widen_s8(p, lanes) : widen_u8(p, lanes);
+  }
+  static I32 shift_right_zero(I32 a, int n) { return _mm256_srli_epi32(a, n); }
+  static I32 or_(I32 a, I32 b) { return _mm256_or_si256(a, b); }
+
   static void convert(int16_t* to, const uint8_t* from, size_t n, bool is_signed) {
     const int8_t* from_signed = reinterpret_cast<const int8_t*>(from);
     if (is_signed)

@@ -54,6 +54,14 @@ struct Avx512 {
     return lanes == kLanes ? widen_s8(p) : _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask(lanes), p));
   }
 
+  template <bool kSigned>
+  static I32 tap_code(const uint8_t* p, int lanes) {
+    const I32 code = widen_u8(p, lanes);
+    return kSigned ? _mm512_xor_si512(code, _mm512_set1_epi32(0x80)) : code;
+  }
+  static I32 shift_right_zero(I32 a, int n) { return _mm512_srli_epi32(a, n); }
+  static I32 or_(I32 a, I32 b) { return _mm512_or_si512(a, b); }
+
   // s8 codes + 128 = the sign bit flipped.
   static void convert(uint8_t* to, const uint8_t* from, size_t n, bool is_signed) {
     const uint8_t flip = is_signed ? 0x80 : 0;

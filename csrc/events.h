@@ -23,7 +23,7 @@ struct EventPacking {
   size_t rows, vectors, weights, bytes;
   int8_t* weight;
   int32_t *m, *b;
-  int* budget;
+  int *budget, *fits;
 
   EventPacking(const Conv& c, const void* packed) {
     rows = static_cast<size_t>(c.kernel_h) * c.kernel_w * c.channels;
@@ -35,6 +35,7 @@ struct EventPacking {
     m = reinterpret_cast<int32_t*>(p + weights);
     b = m + vectors * V::kBytes;
     budget = b + vectors * V::kBytes;
+    fits = budget + 1;
   }
 };
 
@@ -68,6 +69,7 @@ void events_pack(const Conv& c, void* packed) {
   memcpy(p.m, c.m, c.outputs * sizeof(int32_t));
   memcpy(p.b, c.b, c.outputs * sizeof(int32_t));
   const int up = c.weight_hi > 0 ? 127 / c.weight_hi : 127, down = c.weight_lo < 0 ? 128 / -c.weight_lo : 127;
+  *p.fits = requant_fits(c);
   *p.budget = up < down ? up : down;
 }
 
@@ -114,16 +116,16 @@ void add_events(const int8_t* weight, const uint16_t* list, size_t count, size_t
   }
 }
 
-template <class V, int N>
+template <class V, int N, class Finish>
 void events_block(const Conv& c, const EventPacking<V>& p, size_t vector, const uint16_t* list, size_t count, size_t y,
-                  const typename V::Scale& scale, const FinishVector<V>& write) {
+                  const typename V::Scale& scale, const Finish& write) {
   typename V::I32 acc[4 * N];
   add_events<V, N>(p.weight + vector * V::kBytes * p.rows, list, count, *p.budget, acc);
   for (int i = 0; i < 4 * N; ++i) {
     const int o = static_cast<int>(vector) * V::kBytes + i * V::kLanes;
     if (o >= c.outputs) break;
-    const typename V::Factor m(p.m + o), b(p.b + o);
-    write(y + o, o, at_most(c.outputs - o, V::kLanes), V::requant(acc[i], m, b, scale));
+    const Requantize<V, Finish::kFits> requantize(p.m + o, p.b + o);
+    write(y + o, o, at_most(c.outputs - o, V::kLanes), requantize(acc[i], scale));
   }
 }
 
@@ -142,12 +144,10 @@ void list_row(const Conv& c, const uint8_t* image, int y, const EventLists& list
   starts[c.width] = static_cast<uint32_t>(count);
 }
 
-template <class V>
-void conv_events(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e,
+template <class V, class Finish>
+void events_rows(const Conv& c, const EventPacking<V>& p, const void* image, int row0, int row1, const Finish& write,
                  void* scratch) {
-  const EventPacking<V> p(c, packed);
   const EventLists lists(c, scratch);
-  const FinishVector<V> write(e, c.outputs);
   const typename V::Scale scale(c.shift);
   const uint8_t* codes = static_cast<const uint8_t*>(image);
   size_t pad_count = 0;
@@ -189,7 +189,15 @@ void conv_events(const Conv& c, const void* packed, const void* image, int row0,
       }
     }
   }
-  count_nonzero<V>(e, at);
+}
+
+template <class V>
+void conv_events(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e,
+                 void* scratch) {
+  const EventPacking<V> p(c, packed);
+  with_finish<V>(e, c.outputs, *p.fits,
+                 [&](const auto& write) { events_rows<V>(c, p, image, row0, row1, write, scratch); });
+  count_nonzero<V>(e, static_cast<size_t>(row1 - row0) * c.out_width * c.outputs);
 }
 
 }  // namespace

@@ -47,25 +47,40 @@ struct QuantizeVector {
     first = static_cast<int32_t>(bottom / factor - (bottom % factor < 0));  // floor: its code is lo
   }
 
-  typename V::I32 operator()(typename V::I32 x, size_t channel, int lanes) const {
-    if (form == Form::small) {
+  template <Form kForm>
+  typename V::I32 apply(typename V::I32 x, size_t channel, int lanes) const {
+    if (kForm == Form::small) {
       x = V::clip(x, first, last);
       if (factor != 1) x = V::multiply(x, V::splat(factor));
       return V::shift_right(V::add(x, V::splat(half)), shift);
     }
     const typename V::Factor f = per_channel ? V::factor(m + channel, lanes) : one;
-    if (form == Form::fits) return V::clip(V::requant_fits(x, f, scale), lo, hi);
+    if (kForm == Form::fits) return V::clip(V::requant_fits(x, f, scale), lo, hi);
     return V::clip(V::requant(x, f, V::no_bias(), scale), lo, hi);
+  }
+
+  typename V::I32 operator()(typename V::I32 x, size_t channel, int lanes) const {
+    if (form == Form::small) return apply<Form::small>(x, channel, lanes);
+    if (form == Form::fits) return apply<Form::fits>(x, channel, lanes);
+    return apply<Form::any>(x, channel, lanes);
   }
 };
 
+inline const Quantizer& used_quantizer(const Epilogue& e, int k) {
+  static constexpr int32_t kOne = 1;
+  static constexpr Quantizer kNone = {&kOne, false, 1, 0, 1};
+  return e.codes[k] ? e.quantizer[k] : kNone;
+}
+
+// Any epilogue, after any convolution.
 template <class V>
-struct FinishVector {
+struct FinishAny {
+  static constexpr bool kFits = false;
   const Epilogue& e;
   QuantizeVector<V> first, second;
 
-  FinishVector(const Epilogue& epilogue, size_t channels)
-      : e(epilogue), first(used(epilogue, 0), channels), second(used(epilogue, 1), channels) {}
+  FinishAny(const Epilogue& epilogue, size_t channels)
+      : e(epilogue), first(used_quantizer(epilogue, 0), channels), second(used_quantizer(epilogue, 1), channels) {}
 
   // Elements i .. i + lanes - 1, which belong to the channels from `channel` on.
   void operator()(size_t i, size_t channel, int lanes, typename V::I32 x) const {
@@ -74,11 +89,79 @@ struct FinishVector {
     if (e.codes[0]) V::store_codes(e.codes[0] + i, first(x, channel, lanes), lanes);
     if (e.codes[1]) V::store_codes(e.codes[1] + i, second(x, channel, lanes), lanes);
   }
+};
 
-  static const Quantizer& used(const Epilogue& epilogue, int k) {
-    static constexpr int32_t kOne = 1;
-    static constexpr Quantizer kNone = {&kOne, false, 1, 0, 1};
-    return epilogue.codes[k] ? epilogue.quantizer[k] : kNone;
+// The usual ones, with nothing left to decide per vector. kCodes: whether there are codes, made in the given form.
+template <class V, bool kResidual, bool kOut, bool kCodes, int kForm>
+struct FinishUsual {
+  using Quantize = QuantizeVector<V>;
+  static constexpr bool kFits = true;
+  const int32_t* residual;
+  int32_t* out;
+  uint8_t* codes;
+  Quantize quantize;
+
+  FinishUsual(const Epilogue& e, const Quantize& q) : residual(e.residual), out(e.out), codes(e.codes[0]), quantize(q) {}
+
+  void operator()(size_t i, size_t channel, int lanes, typename V::I32 x) const {
+    if (kResidual) x = V::add_saturating(x, V::load(residual + i, lanes));
+    if (kOut) V::store(out + i, x, lanes);
+    if (kCodes)
+      V::store_codes(codes + i, quantize.template apply<static_cast<typename Quantize::Form>(kForm)>(x, channel, lanes),
+                     lanes);
+  }
+};
+
+// Calls body(finish) with the most special of the above that fits. `fits`: requantizing the accumulators, bias and all,
+// cannot leave 32 bits (see requant_fits).
+template <class V, class Body>
+void with_finish(const Epilogue& e, size_t channels, bool fits, Body body) {
+  using Form = typename QuantizeVector<V>::Form;
+  if (!fits || e.codes[1]) return body(FinishAny<V>(e, channels));
+  const QuantizeVector<V> q(used_quantizer(e, 0), channels);
+  constexpr int kSmall = static_cast<int>(Form::small), kFits = static_cast<int>(Form::fits);
+  const bool small = q.form == Form::small;
+  if (!e.codes[0]) {
+    if (!e.residual && e.out) return body(FinishUsual<V, false, true, false, 0>(e, q));
+    if (e.residual && e.out) return body(FinishUsual<V, true, true, false, 0>(e, q));
+  } else if (!e.residual && !e.out) {
+    if (small) return body(FinishUsual<V, false, false, true, kSmall>(e, q));
+    if (q.form == Form::fits) return body(FinishUsual<V, false, false, true, kFits>(e, q));
+  } else if (small && e.out) {
+    if (e.residual) return body(FinishUsual<V, true, true, true, kSmall>(e, q));
+    return body(FinishUsual<V, false, true, true, kSmall>(e, q));
+  }
+  body(FinishAny<V>(e, channels));
+}
+
+// True if sat32(rshift(acc * m[o], s) + b[o]) never saturates and rshift(acc * m[o], s) stays within 32 bits, for every
+// output, from the weights and the range of the codes. Called when weights are packed.
+inline bool requant_fits(const Conv& c) {
+  const size_t taps = static_cast<size_t>(c.kernel_h) * c.kernel_w * c.group_channels();
+  const int64_t code = c.hi > -c.lo ? c.hi : -c.lo;
+  for (int o = 0; o < c.outputs; ++o) {
+    const int8_t* w = c.weight + o * taps;
+    int64_t sum = 0;
+    for (size_t k = 0; k < taps;) {
+      int32_t part = 0;  // of at most 2^16 weights, so that it stays narrow enough for the vectorizer
+      for (const size_t end = taps - k < 65536 ? taps : k + 65536; k < end; ++k) part += w[k] < 0 ? -w[k] : w[k];
+      sum += part;
+    }
+    const int64_t m = c.m[o] < 0 ? -int64_t{c.m[o]} : c.m[o], b = c.b[o] < 0 ? -int64_t{c.b[o]} : c.b[o];
+    if (sum * code > INT32_MAX || ((sum * code * m) >> c.shift) + 1 + b > INT32_MAX) return false;
+  }
+  return true;
+}
+
+// m and b of kLanes outputs, and what makes a potential of an accumulator.
+template <class V, bool kFits>
+struct Requantize {
+  typename V::Factor m, wide;
+  typename V::I32 b;
+
+  Requantize(const int32_t* m_at, const int32_t* b_at) : m(m_at), wide(b_at), b(V::load(b_at)) {}
+  typename V::I32 operator()(typename V::I32 acc, const typename V::Scale& scale) const {
+    return kFits ? V::add(V::requant_fits(acc, m, scale), b) : V::requant(acc, m, wide, scale);
   }
 };
 
@@ -91,14 +174,15 @@ void count_nonzero(const Epilogue& e, size_t count) {
 
 template <class V>
 void finish(const int32_t* x, size_t rows, size_t channels, const Epilogue& e) {
-  const FinishVector<V> write(e, channels);
   const bool one_row = (!e.codes[0] || !e.quantizer[0].per_channel) && (!e.codes[1] || !e.quantizer[1].per_channel);
   const size_t width = one_row ? rows * channels : channels;
-  for (size_t i = 0; i < rows * channels; i += width)
-    for (size_t c = 0; c < width; c += V::kLanes) {
-      const int lanes = width - c < V::kLanes ? static_cast<int>(width - c) : V::kLanes;
-      write(i + c, c, lanes, V::load(x + i + c, lanes));
-    }
+  with_finish<V>(e, channels, true, [=](const auto& write) {
+    for (size_t i = 0; i < rows * channels; i += width)
+      for (size_t c = 0; c < width; c += V::kLanes) {
+        const int lanes = width - c < V::kLanes ? static_cast<int>(width - c) : V::kLanes;
+        write(i + c, c, lanes, V::load(x + i + c, lanes));
+      }
+  });
   count_nonzero<V>(e, rows * channels);
 }
 

@@ -11,7 +11,7 @@
 // calls no inline function of the standard library: the linker keeps one copy of such a function, and it could be the
 // copy a lesser CPU cannot run.
 #pragma once
-#include "finish.h"
+#include "depthwise.h"
 
 namespace bitspike {
 namespace {
@@ -19,13 +19,12 @@ namespace {
 constexpr size_t kSlack = 64;  // codes that may be read, never used, past the end of scratch
 
 // Packed convolution, per group: [blocks][kernel_h][steps][lanes][unit] weights, then m, b and the first value of the
-// accumulator, int32 [blocks * lanes] each. One step is `kUnit` neighbouring codes of a kernel row (kernel_w and
-// channels run together in memory), the last one padded with zero weights. Depthwise: [kernel_h * kernel_w][channels]
-// int32 weights, then m, b.
+// accumulator, int32 [blocks * lanes] each, and whether requantization fits. One step is `kUnit` neighbouring codes of a kernel row (kernel_w and
+// channels run together in memory), the last one padded with zero weights.
 template <class V>
 struct Packing {
   typename V::Weight* weight;
-  int32_t *m, *b, *start;
+  int32_t *m, *b, *start, *fits;
   size_t steps, block, bytes;
 
   Packing(const Conv& c, int group, const void* packed) {
@@ -33,51 +32,32 @@ struct Packing {
     block = c.kernel_h * steps * V::kLanes * V::kUnit;
     const size_t outputs = round_up(c.group_outputs(), V::kLanes);
     const size_t weights = round_up(outputs / V::kLanes * block * sizeof(typename V::Weight), 64);
-    bytes = weights + 3 * outputs * sizeof(int32_t);
+    bytes = weights + round_up((3 * outputs + 1) * sizeof(int32_t), 64);
     char* p = static_cast<char*>(const_cast<void*>(packed)) + group * bytes;
     weight = reinterpret_cast<typename V::Weight*>(p);
     m = reinterpret_cast<int32_t*>(p + weights);
     b = m + outputs;
     start = b + outputs;
-  }
-};
-
-struct DepthwisePacking {
-  int32_t *weight, *m, *b;
-  size_t channels, bytes;
-
-  DepthwisePacking(const Conv& c, size_t lanes, const void* packed) {
-    channels = round_up(c.channels, lanes);
-    bytes = (static_cast<size_t>(c.kernel_h) * c.kernel_w + 2) * channels * sizeof(int32_t);
-    weight = static_cast<int32_t*>(const_cast<void*>(packed));
-    m = weight + static_cast<size_t>(c.kernel_h) * c.kernel_w * channels;
-    b = m + channels;
+    fits = start + outputs;
   }
 };
 
 template <class V>
 size_t conv_packed_bytes(const Conv& c) {
-  if (c.depthwise()) return DepthwisePacking(c, V::kLanes, nullptr).bytes;
+  if (c.depthwise()) return DepthwisePacking<V>(c, nullptr).bytes();
   return c.groups * Packing<V>(c, 0, nullptr).bytes;
 }
 
 template <class V>
 void conv_pack(const Conv& c, void* packed) {
+  if (c.depthwise()) return depthwise_pack<V>(c, packed);
   memset(packed, 0, conv_packed_bytes<V>(c));
   const int taps = c.kernel_h * c.kernel_w, in = c.group_channels(), outputs = c.group_outputs();
-  if (c.depthwise()) {
-    const DepthwisePacking p(c, V::kLanes, packed);
-    for (int o = 0; o < c.outputs; ++o) {
-      // The lower 16 bits of a lane hold the weight; the upper ones meet the sign extension of a code and must be zero.
-      for (int t = 0; t < taps; ++t) p.weight[t * p.channels + o] = c.weight[o * taps + t] & 0xffff;
-      p.m[o] = c.m[o];
-      p.b[o] = c.b[o];
-    }
-    return;
-  }
+  const bool fits = requant_fits(c);
   const int32_t offset = c.kind == Kind::s8 ? V::kSignedOffset : 0;
   for (int g = 0; g < c.groups; ++g) {
     const Packing<V> p(c, g, packed);
+    *p.fits = fits;
     for (int o = 0; o < outputs; ++o) {
       const int8_t* w = c.weight + static_cast<size_t>(g * outputs + o) * taps * in;
       uint32_t sum = 0;
@@ -99,9 +79,10 @@ inline size_t padded_width(const Conv& c) { return static_cast<size_t>(c.width) 
 
 template <class V>
 size_t conv_scratch_bytes(const Conv& c, int rows) {
+  if (c.depthwise()) return depthwise_scratch_bytes<V>(c);
   const size_t in_rows = static_cast<size_t>(rows - 1) * c.stride_h + c.kernel_h;
   const size_t codes = in_rows * padded_width(c) * c.group_channels() + kSlack;
-  return c.depthwise() ? in_rows * padded_width(c) * c.channels + kSlack : codes * sizeof(typename V::Code);
+  return codes * sizeof(typename V::Code);
 }
 
 // Rows [first, first + rows) of the padded image, channels [channel, channel + count) only. Put: (to, from, n) copies
@@ -132,9 +113,9 @@ void pad_rows(const Conv& c, const uint8_t* image, int first, int rows, int chan
 }
 
 // kPixels x (N * kLanes) outputs. x: the first code of each pixel's window; `row` codes between rows of the window.
-template <class V, int N>
-void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* const* x, size_t row, int first, int c_first, int pixels,
-                const size_t* y, const FinishVector<V>& write) {
+template <class V, int N, class Finish>
+void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* const* x, size_t row, int first, int c_first,
+                int pixels,                 const size_t* y, const Finish& write) {
   typename V::I32 acc[V::kPixels][N];
   for (int n = 0; n < N; ++n) {
     const typename V::I32 start = V::load(p.start + first + n * V::kLanes);
@@ -159,9 +140,9 @@ void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* cons
   const typename V::Scale scale(c.shift);
   for (int n = 0; n < N; ++n) {
     const int o = first + n * V::kLanes, lanes = at_most(outputs - o, V::kLanes);
-    const typename V::Factor m(p.m + o), b(p.b + o);
+    const Requantize<V, Finish::kFits> requantize(p.m + o, p.b + o);
     for (int i = 0; i < V::kPixels; ++i)
-      if (i < pixels) write(y[i] + o, c_first + o, lanes, V::requant(acc[i][n], m, b, scale));
+      if (i < pixels) write(y[i] + o, c_first + o, lanes, requantize(acc[i][n], scale));
   }
 }
 
@@ -181,51 +162,12 @@ struct Windows {
   }
 };
 
-template <class V, bool kSigned>
-void depthwise(const Conv& c, const void* packed, const uint8_t* codes, int pixels, const FinishVector<V>& write) {
-  const DepthwisePacking p(c, V::kLanes, packed);
-  const typename V::Scale scale(c.shift);
-  const size_t row = padded_width(c) * c.channels;
-  for (int first = 0; first < pixels; first += V::kPixels) {
-    const Windows<V> windows(c, first, pixels, c.channels);
-    for (int o = 0; o < c.channels; o += V::kLanes) {
-      typename V::I32 acc[V::kPixels];
-      for (int i = 0; i < V::kPixels; ++i) acc[i] = V::zero();
-      const int32_t* w = p.weight + o;
-      for (int ky = 0; ky < c.kernel_h; ++ky)
-        for (int kx = 0; kx < c.kernel_w; ++kx, w += p.channels) {
-          const typename V::I32 weight = V::load(w);
-          const uint8_t* x = codes + ky * row + static_cast<size_t>(kx) * c.channels + o;
-          for (int i = 0; i < V::kPixels; ++i) {
-            const uint8_t* from = x + windows.offset[i];
-            acc[i] = V::dot16(acc[i], kSigned ? V::widen_s8(from) : V::widen_u8(from), weight);
-          }
-        }
-      const typename V::Factor m(p.m + o), b(p.b + o);
-      for (int i = 0; i < windows.count; ++i)
-        write((static_cast<size_t>(first) + i) * c.outputs + o, o, at_most(c.channels - o, V::kLanes),
-              V::requant(acc[i], m, b, scale));
-    }
-  }
-}
-
-template <class V>
-void conv_dense(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e,
+template <class V, class Finish>
+void dense_rows(const Conv& c, const void* packed, const uint8_t* in, int row0, int row1, const Finish& write,
                 void* scratch) {
   using Code = typename V::Code;
-  const FinishVector<V> write(e, c.outputs);
-  const uint8_t* in = static_cast<const uint8_t*>(image);
   const int pixels = (row1 - row0) * c.out_width;
   const int first_row = row0 * c.stride_h - c.pad_h, rows = (row1 - row0 - 1) * c.stride_h + c.kernel_h;
-  if (c.depthwise()) {
-    uint8_t* codes = static_cast<uint8_t*>(scratch);
-    pad_rows(c, in, first_row, rows, 0, c.channels, codes,
-             [](uint8_t* to, const uint8_t* from, size_t n) { memcpy(to, from, n); },
-             [](int16_t v) { return static_cast<uint8_t>(v); });
-    if (c.kind == Kind::s8) depthwise<V, true>(c, packed, codes, pixels, write);
-    else depthwise<V, false>(c, packed, codes, pixels, write);
-    return count_nonzero<V>(e, static_cast<size_t>(pixels) * c.outputs);
-  }
   const int channels = c.group_channels(), outputs = c.group_outputs();
   const size_t row = padded_width(c) * channels;
   for (int g = 0; g < c.groups; ++g) {
@@ -259,7 +201,18 @@ void conv_dense(const Conv& c, const void* packed, const void* image, int row0, 
       block += n;
     }
   }
-  count_nonzero<V>(e, static_cast<size_t>(pixels) * c.outputs);
+}
+
+template <class V>
+void conv_dense(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e,
+                void* scratch) {
+  const uint8_t* in = static_cast<const uint8_t*>(image);
+  const bool fits = c.depthwise() ? *DepthwisePacking<V>(c, packed).fits() : *Packing<V>(c, 0, packed).fits;
+  with_finish<V>(e, c.outputs, fits, [&](const auto& write) {
+    if (c.depthwise()) depthwise<V>(c, packed, in, row0, row1, write, scratch);
+    else dense_rows<V>(c, packed, in, row0, row1, write, scratch);
+  });
+  count_nonzero<V>(e, static_cast<size_t>(row1 - row0) * c.out_width * c.outputs);
 }
 
 }  // namespace
