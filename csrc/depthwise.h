@@ -57,7 +57,8 @@ struct DepthwiseTiles {
   DepthwiseTiles(const Conv& c, size_t groups, int unit) {
     count = (c.out_width + 63) / 64;
     width = (c.out_width + count - 1) / count;
-    row = static_cast<size_t>(width - 1) * c.stride_w + (groups - 1) * unit + 1;
+    // Whole blocks of 8 pixels are computed; the last ones of a row may be of no use.
+    row = (round_up(width, 8) - 1) * c.stride_w + (groups - 1) * unit + 1;
   }
 };
 
@@ -88,6 +89,26 @@ void interleave_row(const Conv& c, const uint8_t* image, int y, int left, size_t
   }
 }
 
+// Adds the products of one window for each of kPixels neighbouring outputs. `slot`: where the window's first row is in the
+// ring of kernel_h rows, `row` numbers long each. kStride: 1, or 0 for any.
+template <class V, int kStride>
+void window(const Conv& c, size_t groups, const int32_t* w, const int32_t* x, int slot, size_t row,
+            typename V::I32* acc) {
+  const size_t step = (kStride ? kStride : c.stride_w) * static_cast<size_t>(V::kLanes);
+  const int32_t* from = x + slot * row;
+  typename V::I32 a[V::kPixels];
+  for (int i = 0; i < V::kPixels; ++i) a[i] = acc[i];
+  for (int ky = 0; ky < c.kernel_h; ++ky) {
+    const int32_t* at = from;
+    for (size_t g = 0; g < groups; ++g, w += V::kLanes, at += V::kUnit * V::kLanes) {
+      const typename V::I32 taps = V::load(w);
+      for (int i = 0; i < V::kPixels; ++i) a[i] = V::dot(a[i], V::load(at + i * step), taps);
+    }
+    from = ++slot == c.kernel_h ? (slot = 0, x) : from + row;
+  }
+  for (int i = 0; i < V::kPixels; ++i) acc[i] = a[i];
+}
+
 template <class V, bool kSigned, class Finish>
 void depthwise_rows(const Conv& c, const void* packed, const uint8_t* image, int row0, int row1,
                     const Finish& write, int32_t* scratch) {
@@ -113,21 +134,14 @@ void depthwise_rows(const Conv& c, const void* packed, const uint8_t* image, int
         for (; listed < top + c.kernel_h; ++listed)
           interleave_row<V, kSigned>(c, image, listed, ox0 * c.stride_w - c.pad_w, tiles.row, channel, lanes, pad,
                                      scratch + (listed + c.pad_h) % c.kernel_h * tiles.row * kStep);
+        const int slot = (top + c.pad_h) % c.kernel_h;
         for (int ox = 0; ox < width; ox += V::kPixels) {
           const int pixels = at_most(V::kPixels, width - ox);
-          size_t at[8];
-          for (int i = 0; i < 8; ++i)
-            at[i] = static_cast<size_t>(ox + at_most(i, pixels - 1)) * c.stride_w * kStep;
           typename V::I32 acc[V::kPixels];
           for (int i = 0; i < V::kPixels; ++i) acc[i] = start;
-          const int32_t* w = weight;
-          for (int ky = 0; ky < c.kernel_h; ++ky) {
-            const int32_t* row = scratch + (top + c.pad_h + ky) % c.kernel_h * tiles.row * kStep;
-            for (size_t g = 0; g < p.groups; ++g, w += kStep, row += V::kUnit * kStep) {
-              const typename V::I32 taps = V::load(w);
-              for (int i = 0; i < V::kPixels; ++i) acc[i] = V::dot(acc[i], V::load(row + at[i]), taps);
-            }
-          }
+          const int32_t* x = scratch + static_cast<size_t>(ox) * c.stride_w * kStep;
+          if (c.stride_w == 1) window<V, 1>(c, p.groups, weight, x, slot, tiles.row * kStep, acc);
+          else window<V, 0>(c, p.groups, weight, x, slot, tiles.row * kStep, acc);
           for (int i = 0; i < V::kPixels; ++i)
             if (i < pixels)
               write((static_cast<size_t>(oy - row0) * c.out_width + ox0 + ox + i) * c.channels + channel, channel, lanes,
