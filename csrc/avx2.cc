@@ -2,6 +2,7 @@
 // to 16 bits and vpmaddwd does the exact work: 16 products per instruction, then one add.
 #include <immintrin.h>
 
+#include "bits.h"
 #include "elementwise.h"
 
 namespace bitspike {
@@ -151,6 +152,27 @@ struct Avx2 {
     return n - zeros;
   }
 
+  static I32 load_codes(const uint8_t* p, int n) {
+    uint8_t codes[kBytes] = {};
+    if (n < kBytes) p = static_cast<const uint8_t*>(memcpy(codes, p, n));
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static uint64_t plane(I32 codes, int p) {
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_sll_epi16(codes, _mm_cvtsi32_si128(7 - p))));
+  }
+  static int32_t count_bits(uint64_t bits) { return static_cast<int32_t>(_mm_popcnt_u64(bits)); }
+  static I32 broadcast32(const uint8_t* p) { return broadcast(reinterpret_cast<const int16_t*>(p)); }
+  // Bits are counted by looking up both halves of every byte; two multiplications by 1 add the bytes of a lane up.
+  static I32 count_and(I32 acc, I32 codes, I32 weights) {
+    const __m256i v = _mm256_and_si256(codes, weights), low = _mm256_set1_epi8(15);
+    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,
+                                           0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const __m256i ones = _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(v, low)),
+                                         _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(ones, _mm256_set1_epi8(1)),
+                                                   _mm256_set1_epi16(1)));
+  }
+
   static I32 load_bytes(const int8_t* p) { return load_weights(reinterpret_cast<const int16_t*>(p)); }
   static I32 add8(I32 a, const int8_t* p) { return _mm256_add_epi8(a, load_bytes(p)); }
   // acc[j] += byte j of every lane, signed.
@@ -202,6 +224,8 @@ struct Avx2 {
 
 }  // namespace
 
-constexpr Kernels kernels_avx2 = kernels<Avx2>("avx2");
+constexpr Kernels kernels_avx2 = kernels<Avx2>(
+    "avx2", {popcount_supported, popcount_packed_bytes<Avx2>, popcount_pack<Avx2>, popcount_scratch_bytes<Avx2>,
+             conv_popcount<Avx2>});
 
 }  // namespace bitspike

@@ -25,6 +25,7 @@ bool cpu_has(int leaf7_ebx_bits, int leaf7_ecx_bits, unsigned long long saved) {
 
 bool has_avx2() { return cpu_has(1 << 5, 0, 0x6); }
 bool has_avx512() { return cpu_has((1 << 16) | (1 << 17) | (1 << 30) | (1u << 31), 1 << 11, 0xe6); }
+bool has_avx512_popcount() { return has_avx512() && cpu_has(0, 1 << 14, 0xe6); }
 #else
 bool has_avx2() { return __builtin_cpu_supports("avx2"); }
 
@@ -33,6 +34,8 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni");
 }
+
+bool has_avx512_popcount() { return has_avx512() && __builtin_cpu_supports("avx512vpopcntdq"); }
 #endif
 #endif
 
@@ -52,6 +55,13 @@ struct Available {
 };
 
 }  // namespace
+
+#ifdef BITSPIKE_X86
+bool cpu_has_avx512_popcount() {
+  static const bool has = has_avx512_popcount();
+  return has;
+}
+#endif
 
 const Kernels* const* available_kernels() {
   static const Available available;

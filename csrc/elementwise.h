@@ -175,12 +175,12 @@ constexpr ConvKernel kNone = {[](const Conv&) { return false; }, nullptr, nullpt
 
 // mean and lookup have no vector version: they are a small part of every network.
 template <class V>
-constexpr Kernels kernels(const char* name) {
+constexpr Kernels kernels(const char* name, ConvKernel popcount) {
   return {name,
           {{[](const Conv&) { return true; }, conv_packed_bytes<V>, conv_pack<V>, conv_scratch_bytes<V>, conv_dense<V>},
            kNone,
            {events_supported<V>, events_packed_bytes<V>, events_pack<V>, events_scratch_bytes<V>, conv_events<V>},
-           kNone,
+           popcount,
            kNone},
           finish<V>,
           quantize<V>,

@@ -152,6 +152,15 @@ void scalar_lookup(const uint8_t* x, size_t rows, size_t channels, const int8_t*
 #ifdef BITSPIKE_X86
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+
+// avx512_popcount.cc: not supported on a CPU without vpopcntd.
+bool popcount_supported_avx512(const Conv&);
+size_t popcount_packed_bytes_avx512(const Conv&);
+void popcount_pack_avx512(const Conv&, void* packed);
+size_t popcount_scratch_bytes_avx512(const Conv&, int rows);
+void conv_popcount_avx512(const Conv&, const void* packed, const void* image, int row0, int row1, const Epilogue&,
+                          void* scratch);
+bool cpu_has_avx512_popcount();  // dispatch.cc
 #endif
 
 // dispatch.cc: the sets this CPU can run, best last; nullptr ends the list.

@@ -1,0 +1,187 @@
+// AVX-512 with VNNI. vpdpbusd: 64 products per instruction, u8 x s8 into int32, no saturation; two per cycle on Zen 5,
+// one or two on Intel, latency 4 to 5, so 8 or more independent accumulators keep it busy and 24 hide the loads too.
+#pragma once
+#include <immintrin.h>
+
+#include "finish.h"
+
+
+namespace bitspike {
+namespace {
+
+struct Avx512 {
+  using I32 = __m512i;
+  using Code = uint8_t;
+  using Weight = int8_t;
+  static constexpr int kUnit = 4, kLanes = 16, kPixels = 8, kVectors = 3;
+  static constexpr int kBytes = 64, kEventRows = 4;
+  static constexpr int kSignedOffset = 128;  // vpdpbusd wants unsigned codes; the start value takes it back
+
+  static __mmask16 mask(int lanes) { return static_cast<__mmask16>((1u << lanes) - 1); }
+
+  static I32 zero() { return _mm512_setzero_si512(); }
+  static I32 load(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static I32 load(const int32_t* p, int lanes) {
+    return lanes == kLanes ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(mask(lanes), p);
+  }
+  static I32 load_weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static void store(int32_t* p, I32 v, int lanes) {
+    if (lanes >= kLanes) _mm512_storeu_si512(p, v);
+    else _mm512_mask_storeu_epi32(p, mask(lanes), v);
+  }
+  static void store_codes(uint8_t* p, I32 v, int lanes) {
+    const __m128i codes = _mm512_cvtepi32_epi8(v);
+    if (lanes >= kLanes) _mm_storeu_si128(reinterpret_cast<__m128i*>(p), codes);
+    else _mm_mask_storeu_epi8(p, mask(lanes), codes);
+  }
+
+  static I32 broadcast(const uint8_t* p) {
+    int32_t unit;
+    memcpy(&unit, p, 4);
+    return _mm512_set1_epi32(unit);
+  }
+  static I32 dot(I32 acc, I32 codes, I32 weights) { return _mm512_dpbusd_epi32(acc, codes, weights); }
+  static I32 dot16(I32 acc, I32 code, I32 weight) { return _mm512_dpwssd_epi32(acc, code, weight); }
+
+  static I32 widen_u8(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I32 widen_s8(const uint8_t* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I32 widen_u8(const uint8_t* p, int lanes) {
+    return lanes == kLanes ? widen_u8(p) : _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask(lanes), p));
+  }
+  static I32 widen_s8(const uint8_t* p, int lanes) {
+    return lanes == kLanes ? widen_s8(p) : _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask(lanes), p));
+  }
+
+  template <bool kSigned>
+  static I32 tap_code(const uint8_t* p, int lanes) {
+    const I32 code = widen_u8(p, lanes);
+    return kSigned ? _mm512_xor_si512(code, _mm512_set1_epi32(0x80)) : code;
+  }
+  static I32 shift_right_zero(I32 a, int n) { return _mm512_srli_epi32(a, n); }
+  static I32 or_(I32 a, I32 b) { return _mm512_or_si512(a, b); }
+
+  // s8 codes + 128 = the sign bit flipped.
+  static void convert(uint8_t* to, const uint8_t* from, size_t n, bool is_signed) {
+    const uint8_t flip = is_signed ? 0x80 : 0;
+    for (size_t i = 0; i < n; ++i) to[i] = from[i] ^ flip;
+  }
+  // Where the input already is what the kernel wants to read, it is read where it lies.
+  static const uint8_t* in_place(const Conv& c, const uint8_t* image, int first_row) {
+    const bool as_is = c.kind == Kind::u8 && c.groups == 1 && !c.pad_h && !c.pad_w && c.channels % kUnit == 0;
+    return as_is ? image + static_cast<size_t>(first_row) * c.width * c.channels : nullptr;
+  }
+
+  // A per-channel number as int64: lanes 0, 2, 4 .. and lanes 1, 3, 5 .. (vpmuldq multiplies every other lane).
+  struct Factor {
+    __m512i even, odd;
+    explicit Factor(__m512i v) : even(_mm512_srai_epi64(_mm512_slli_epi64(v, 32), 32)), odd(_mm512_srai_epi64(v, 32)) {}
+    explicit Factor(const int32_t* p) : Factor(_mm512_loadu_si512(p)) {}
+    Factor(__m512i e, __m512i o) : even(e), odd(o) {}
+    explicit Factor(int64_t v) : even(_mm512_set1_epi64(v)), odd(even) {}
+  };
+  static Factor factor(const int32_t* p, int lanes) { return Factor(load(p, lanes)); }
+  static Factor no_bias() { return Factor(zero(), zero()); }
+
+  struct Scale {
+    __m512i half;
+    __m128i shift;
+    explicit Scale(int s)
+        : half(_mm512_set1_epi64(s > 0 ? int64_t{1} << (s - 1) : 0)), shift(_mm_cvtsi32_si128(s)) {}
+  };
+
+  static __m512i shifted8(__m512i x, __m512i m, const Scale& s) {
+    return _mm512_sra_epi64(_mm512_add_epi64(_mm512_mul_epi32(x, m), s.half), s.shift);
+  }
+  static Factor shifted(I32 x, const Factor& m, const Scale& s) {
+    return {shifted8(x, m.even, s), shifted8(_mm512_srli_epi64(x, 32), m.odd, s)};
+  }
+  // The lower halves of the even and odd numbers as one vector.
+  static I32 join(__m512i even, __m512i odd) {
+    return _mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA);
+  }
+  static __m512i saturated(__m512i v) {
+    return _mm512_max_epi64(_mm512_min_epi64(v, _mm512_set1_epi64(INT32_MAX)), _mm512_set1_epi64(INT32_MIN));
+  }
+  static I32 requant(I32 acc, const Factor& m, const Factor& b, const Scale& s) {
+    const Factor y = shifted(acc, m, s);
+    return join(saturated(_mm512_add_epi64(y.even, b.even)), saturated(_mm512_add_epi64(y.odd, b.odd)));
+  }
+  // The same without b, where the result is known to fit into 32 bits.
+  static I32 requant_fits(I32 acc, const Factor& m, const Scale& s) {
+    const Factor y = shifted(acc, m, s);
+    return join(y.even, y.odd);
+  }
+
+  static I32 clip(I32 v, int32_t lo, int32_t hi) {
+    return _mm512_min_epi32(_mm512_max_epi32(v, _mm512_set1_epi32(lo)), _mm512_set1_epi32(hi));
+  }
+  static I32 multiply(I32 a, I32 b) { return _mm512_mullo_epi32(a, b); }
+  static I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+  static I32 shift_right(I32 a, int n) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128(n)); }
+  static size_t count_nonzero(const uint8_t* p, size_t n) {
+    size_t count = 0, i = 0;
+    for (; i + 64 <= n; i += 64) {
+      const __m512i v = _mm512_loadu_si512(p + i);
+      count += static_cast<size_t>(_mm_popcnt_u64(_mm512_test_epi8_mask(v, v)));
+    }
+    for (; i < n; ++i) count += p[i] != 0;
+    return count;
+  }
+
+  static I32 load_codes(const uint8_t* p, int n) {
+    return n >= kBytes ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((uint64_t{1} << n) - 1, p);
+  }
+  static uint64_t plane(I32 codes, int p) { return _mm512_test_epi8_mask(codes, _mm512_set1_epi8(static_cast<char>(1 << p))); }
+  static int32_t count_bits(uint64_t bits) { return static_cast<int32_t>(_mm_popcnt_u64(bits)); }
+  static I32 broadcast32(const uint8_t* p) { return broadcast(p); }
+
+  static I32 load_bytes(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static I32 add8(I32 a, const int8_t* p) { return _mm512_add_epi8(a, _mm512_loadu_si512(p)); }
+  // acc[j] += byte j of every lane, signed.
+  static void flush8(I32* acc, I32 part) {
+    for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], _mm512_set1_epi32(1 << 8 * j), part);
+  }
+  // Appends every channel's number as often as its code says; may write 16 entries too many.
+  static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
+    __m512i number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int c = 0; c < channels; c += kLanes, number = _mm512_add_epi32(number, _mm512_set1_epi32(kLanes))) {
+      const __m512i code = widen_u8(codes + c, at_most(channels - c, kLanes));
+      int least = 1;
+      for (__mmask16 has = _mm512_test_epi32_mask(code, code); has;
+           has = _mm512_cmpge_epi32_mask(code, _mm512_set1_epi32(++least))) {
+        const __m256i numbers = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(has, number));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + count), numbers);
+        count += _mm_popcnt_u32(has);
+      }
+    }
+    return count;
+  }
+  // to[i] = from[i] + row; may write and read 32 entries too many.
+  static void copy_events(uint16_t* to, const uint16_t* from, size_t n, uint16_t row) {
+    const __m512i offset = _mm512_set1_epi16(static_cast<short>(row));
+    for (size_t i = 0; i < n; i += 32)
+      _mm512_storeu_si512(to + i, _mm512_add_epi16(_mm512_loadu_si512(from + i), offset));
+  }
+  static I32 multiply_add(I32 acc, I32 a, I32 b) { return _mm512_add_epi32(acc, _mm512_mullo_epi32(a, b)); }
+  static I32 more(I32 a, I32 b) { return _mm512_movm_epi32(_mm512_cmpgt_epi32_mask(a, b)); }
+  static I32 not_(I32 a) { return _mm512_xor_si512(a, _mm512_set1_epi32(-1)); }
+  static I32 and_(I32 a, I32 b) { return _mm512_and_si512(a, b); }
+  static I32 select(I32 where, I32 a, I32 b) { return _mm512_ternarylogic_epi32(where, a, b, 0xca); }
+  static I32 splat(int32_t v) { return _mm512_set1_epi32(v); }
+  static I32 sub(I32 a, I32 b) { return _mm512_sub_epi32(a, b); }
+  static I32 shift_left(I32 a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+  // Overflow: both have the same sign, and the sum another one. It becomes the limit on the other side.
+  static I32 add_saturating(I32 a, I32 b) {
+    const I32 sum = _mm512_add_epi32(a, b);
+    const I32 over = _mm512_ternarylogic_epi32(a, b, sum, 0x42);  // its sign: a and b agree, and the sum does not
+    return _mm512_mask_xor_epi32(sum, _mm512_movepi32_mask(over), _mm512_srai_epi32(sum, 31),
+                                 _mm512_set1_epi32(INT32_MIN));
+  }
+};
+
+}  // namespace
+}  // namespace bitspike
