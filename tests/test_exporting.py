@@ -224,22 +224,9 @@ def test_what_cannot_be_exported_is_named(case: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_foreign_parametrization_and_a_quantized_membrane_are_named(tmp_path: Path) -> None:
+def test_a_foreign_parametrization_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="odd: its weight has a parametrization"):
         export(Net(lambda n, x: end(n, n.odd(x)), odd=foreign()), tmp_path / "a.bitspike")
-    net = nn.Sequential(LIF(), nn.AdaptiveAvgPool2d(1), nn.Flatten(2), nn.Linear(3, 4))
-    quantize_(net, QuantSpec([("*", Scheme("lsq", 4)), ("0", Scheme("membrane", 8))]))
-
-    class Timed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = net
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net[3](self.net[0](as_sequence(x, 2)).mean((3, 4))).mean(0)  # type: ignore[no-any-return]
-
-    with pytest.raises(ExportError, match=r"net.0: a LIF neuron with a quantized membrane"):
-        export(Timed(), tmp_path / "a.bitspike", time_steps=2)
 
 
 def test_full_precision_can_be_forbidden(tmp_path: Path) -> None:
@@ -264,6 +251,10 @@ def test_too_little_agreement_leaves_no_file_and_an_older_one_alone(tmp_path: Pa
     ({"calibration_images": PIXELS.astype(float)}, "must be uint8"),
     ({"calibration_images": PIXELS[:0]}, "must be uint8"),
     ({"image_size": 9}, r"must be uint8 \[N, 9, 9, 3\]"),
+    ({"calibration_images": np.stack([PIXELS] * 2)}, r"sequences of frames uint8 \[1, N, 8, 8, 3\]; found uint8 \[2, 32"),
+    ({"check_images": PIXELS[None]}, "both be pictures or both be sequences"),
+    ({"inner_bits": 12}, "inner_bits=12; allowed: 8, 16"),
+    ({"channels": 17, "mean": [0.5] * 17, "std": [0.5] * 17}, "17 channels cannot be exported"),
     ({"mean": [0.5]}, "must be 3 numbers each"),
     ({"std": [0.5, 0.5, 0.0]}, "std positive"),
     ({"classes": ["one"]}, "with 1 class names"),

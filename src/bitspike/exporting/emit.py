@@ -45,6 +45,15 @@ def fixed_pair(value: float) -> tuple[int, int]:
     return m, shift
 
 
+@dataclass(frozen=True)
+class Fine:
+    """A second plane of codes: what the first one rounded off. source: its id; scale: of its codes, in units of the first's."""
+
+    source: str
+    scale: float
+    pad_value: Array | None = None  # int [I]; None: zeros
+
+
 @dataclass
 class Conv:
     """A convolution that is not written yet, so that per-channel factors can still fold into it."""
@@ -58,7 +67,7 @@ class Conv:
     pad_value: Array | None  # int [I]; None: zeros
     range: tuple[int, int]
     layer: str
-    fine: tuple[str, float] | None = None  # second plane of the same input: id, and its scale in units of the first
+    fine: Fine | None = None
     pools: list[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = field(default_factory=list)
 
     def largest(self) -> int:
@@ -115,6 +124,11 @@ class Program:
         m, s = self._factors(np.array([value * self.one]), layer)
         return int(m[0]), s
 
+    def factors(self, values: Array, layer: str) -> tuple[Array | int, int]:
+        """Real factors from accumulators to potentials: (m, s), m one number where all are equal."""
+        m, s = self._factors(values * self.one, layer)
+        return (int(m.flat[0]) if (m == m.flat[0]).all() else m), s
+
     def _offsets(self, b: Array, layer: str) -> Array:
         offsets = np.rint(b * self.one)
         if np.abs(offsets).max(initial=0) >= _LIMIT:
@@ -130,19 +144,19 @@ class Program:
                               "input channels.")
         weight = f"v{len(self.ops) + 1}.weight"
         self.packed[weight] = (np.ascontiguousarray(conv.codes.transpose(0, 2, 3, 1)), conv.scheme)
-        result = self._one_conv(conv, conv.source, weight, a, b)
+        result = self._one_conv(conv, conv.source, weight, a, b, conv.pad_value)
         if conv.fine is not None:
-            second = self._one_conv(conv, conv.fine[0], weight, a * conv.fine[1], np.zeros_like(b))
+            second = self._one_conv(conv, conv.fine.source, weight, a * conv.fine.scale, np.zeros_like(b), conv.fine.pad_value)
             result = self.write("add", [result, second], conv.layer)
         for kernel, stride, padding in conv.pools:
             result = self.maxpool(result, kernel, stride, padding, conv.layer)
         return result
 
-    def _one_conv(self, conv: Conv, source: str, weight: str, a: Array, b: Array) -> str:
+    def _one_conv(self, conv: Conv, source: str, weight: str, a: Array, b: Array, pad_value: Array | None) -> str:
         m, s = self._factors(a * self.one, conv.layer)
         extra: dict[str, Any] = {}
-        if conv.pad_value is not None and any(conv.padding):
-            extra["pad_value"] = conv.pad_value.astype(np.int16)
+        if pad_value is not None and pad_value.any() and any(conv.padding):
+            extra["pad_value"] = pad_value.astype(np.int16)
         return self.write("conv", [source], conv.layer, weight=weight, scheme=conv.scheme, shape=list(conv.codes.shape),
                           stride=list(conv.stride), padding=list(conv.padding), groups=conv.groups, m=m, s=s,
                           b=self._offsets(b, conv.layer), range=list(conv.range), **extra)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bitspike.deploy import artifact, load
+from bitspike.deploy.artifact import MAX_INPUT_CHANNELS
 from bitspike.exporting.emit import Program
 from bitspike.exporting.fold import Folder
 from bitspike.exporting.lower import Layer, Value
@@ -67,15 +68,22 @@ class ExportReport:
 
 
 def _normalised(pixels: Pixels, mean: NDArray[Any], std: NDArray[Any]) -> Tensor:
-    x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).contiguous().float().div(255)
-    shape = (1, -1, 1, 1)
-    return (x - torch.from_numpy(mean).float().view(shape)) / torch.from_numpy(std).float().view(shape)
+    x = torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3).contiguous().float().div(255)
+    shape = (-1, 1, 1)
+    return (x - torch.tensor(mean).float().view(shape)) / torch.tensor(std).float().view(shape)
+
+
+def _batches(pixels: Pixels, size: int) -> Iterator[Pixels]:
+    """Parts of pictures [N, H, W, C] or sequences [T, N, H, W, C]."""
+    for i in range(0, pixels.shape[-4], size):
+        yield pixels[..., i:i + size, :, :, :]
 
 
 def calibrate_norms(model: nn.Module, pixels: Pixels, mean: Sequence[float], std: Sequence[float], batch: int = 32) -> None:
     """Give every batch norm the exact mean and variance of these pictures, and every quantizer its first step.
 
-    For models that were never trained ("how large would it be?"): runs the pictures in training mode, without gradients.
+    For models that were never trained ("how large would it be?"): runs the pictures [N, H, W, C] or sequences
+    [T, N, H, W, C] in training mode, without gradients.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before, training = [norm.momentum for norm in norms], model.training
@@ -84,32 +92,36 @@ def calibrate_norms(model: nn.Module, pixels: Pixels, mean: Sequence[float], std
         norm.momentum = None  # a plain average over the batches
     model.train()
     with torch.no_grad():
-        for i in range(0, len(pixels), batch):
-            model(_normalised(pixels[i:i + batch], np.asarray(mean, float), np.asarray(std, float)))
+        for part in _batches(pixels, batch):
+            model(_normalised(part, np.asarray(mean, float), np.asarray(std, float)))
     model.train(training)
     for norm, momentum in zip(norms, before, strict=True):
         norm.momentum = momentum
 
 
-def _check_arguments(pixels: Pixels, mean: NDArray[Any], std: NDArray[Any], shape: tuple[int, int, int]) -> None:
-    if shape[2] not in (1, 3):
-        raise ExportError(f"pictures with {shape[2]} channels cannot be exported; a deployed program reads 1 or 3. For event "
-                          "frames evaluate the model in torch.")
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != shape or not len(pixels):
-        raise ExportError(f"calibration pictures must be uint8 [N, {', '.join(map(str, shape))}], found {pixels.dtype} "
-                          f"{list(pixels.shape)}.")
+def _check_arguments(pixels: Pixels, mean: NDArray[Any], std: NDArray[Any], shape: tuple[int, int, int],
+                     time_steps: int) -> None:
+    if not 1 <= shape[2] <= MAX_INPUT_CHANNELS:
+        raise ExportError(f"pictures or frames with {shape[2]} channels cannot be exported; a deployed program reads 1 to "
+                          f"{MAX_INPUT_CHANNELS}.")
+    sequence = pixels.ndim == 5
+    if pixels.dtype != np.uint8 or pixels.ndim not in (4, 5) or pixels.shape[-3:] != shape or not pixels.shape[-4] \
+            or (sequence and len(pixels) != time_steps):
+        size = ", ".join(map(str, shape))
+        raise ExportError(f"calibration pictures must be uint8 [N, {size}], sequences of frames uint8 [{time_steps}, N, "
+                          f"{size}]; found {pixels.dtype} {list(pixels.shape)}.")
     if mean.shape != (shape[2],) or std.shape != (shape[2],) or not (std > 0).all():
         raise ExportError(f"mean and std must be {shape[2]} numbers each, std positive; found {mean.tolist()} and "
                           f"{std.tolist()}.")
 
 
 def _fold(module: torch.fx.GraphModule, steps: int, mean: NDArray[Any], std: NDArray[Any],
-          allow_float: bool) -> tuple[Program, Folder, Value]:
+          allow_float: bool, inner_bits: int) -> tuple[Program, Folder, Value]:
     """The program, with as many fraction bits as the calibrated potentials leave room for."""
     bits = FRACTION_BITS
     while True:
         program = Program(bits, steps)
-        folder = Folder(module, program, mean=mean, std=std, allow_float=allow_float)
+        folder = Folder(module, program, mean=mean, std=std, allow_float=allow_float, inner_bits=inner_bits)
         logits = folder.run()
         if not program.overflow and folder.lowering.largest * _HEADROOM < 2.0 ** (31 - bits):
             return program, folder, logits
@@ -134,37 +146,40 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 def _compare(path: Path, model: nn.Module, pixels: Pixels, mean: NDArray[Any], std: NDArray[Any]) -> tuple[float, float]:
     """(share of equal top-1 classes, largest difference of a logit) between the file and the model."""
     net, same, largest = load(path), 0, 0.0
-    for i in range(0, len(pixels), _BATCH):
-        batch = pixels[i:i + _BATCH]
+    for batch in _batches(pixels, _BATCH):
         with torch.no_grad():
             expected = _logits(model, _normalised(batch, mean, std)).numpy()
         found = net(np.ascontiguousarray(batch))
         same += int((found.argmax(1) == expected.argmax(1)).sum())
         largest = max(largest, float(np.abs(found - expected).max()))
-    return same / len(pixels), largest
+    return same / pixels.shape[-4], largest
 
 
 def export_model(model: nn.Module, path: str | os.PathLike[str], *, mean: Sequence[float], std: Sequence[float],
                  image_size: int | tuple[int, int], channels: int = 3, classes: Sequence[str], calibration_images: Pixels,
                  name: str, time_steps: int = 1, resize: int | None = None, provenance: Mapping[str, Any] | None = None,
-                 min_agreement: float = 0.99, check_images: Pixels | None = None, allow_float: bool = True) -> ExportReport:
+                 min_agreement: float = 0.99, check_images: Pixels | None = None, allow_float: bool = True,
+                 inner_bits: int | None = None) -> ExportReport:
     """Write a torch model as an integer artifact and prove that both agree on real pictures.
 
     The model is not changed; it is copied, in float32 and evaluation mode.
 
     Args:
-        model: takes normalised pictures float [B, C, H, W], returns logits [B, classes] or [T, B, classes].
+        model: takes normalised pictures float [B, C, H, W] or sequences [T, B, C, H, W], returns logits [B, classes] or
+            [T, B, classes].
         path: the file, conventionally `*.bitspike`; appears whole or not at all.
         mean, std: of the normalisation x = (pixel / 255 - mean) / std, one number per channel (std: or one
             for all); it becomes part of the program.
-        image_size: height and width (one number: both). channels: 3 or 1. resize: shorter side before the centre crop.
+        image_size: height and width (one number: both). channels: 1..16. resize: shorter side before the centre crop.
         classes: one name per logit. name: free text, usually the recipe.
-        calibration_images: uint8 [N, H, W, C]; they set the ranges of 8-bit inner activations and of the potentials. Some
-            hundred pictures of the training set are enough.
+        calibration_images: uint8 [N, H, W, C], or sequences of frames [T, N, H, W, C]; they set the ranges of 8-bit inner
+            activations and of the potentials. Some hundred pictures of the training set are enough.
         time_steps: T of the model. provenance: free JSON object, stored; the measured agreement with torch in float32 is added.
         min_agreement: smallest share of pictures with the same top-1 class; 0 switches the refusal off.
         check_images: pictures to compare on, default the calibration pictures; use 256 or more.
         allow_float: full-precision layers become 8-bit codes; False: they are an error.
+        inner_bits: of real-valued inputs of a convolution, 8 or 16 (it then runs twice, on a coarse and a fine plane); None:
+            8, and 16 if `min_agreement` is missed with 8.
     Errors: ExportError: an operation without an integer form (with its place), arguments that cannot be meant, or less
         agreement than asked for; then there is no file.
 
@@ -188,36 +203,45 @@ def export_model(model: nn.Module, path: str | os.PathLike[str], *, mean: Sequen
         raise ExportError(f"classes must be a list of texts, one name per logit; found {classes!r:.200}.")
     if not 0 <= min_agreement <= 1:
         raise ExportError(f"min_agreement={min_agreement}: a share of 0..1 is needed, 0.99 for 99 %.")
+    if inner_bits not in (None, 8, 16):
+        raise ExportError(f"inner_bits={inner_bits}; allowed: 8, 16, or None for 16 where 8 are not enough.")
     check = calibration_images if check_images is None else check_images
-    _check_arguments(calibration_images, means, stds, shape)
-    _check_arguments(check, means, stds, shape)
+    _check_arguments(calibration_images, means, stds, shape, time_steps)
+    _check_arguments(check, means, stds, shape, time_steps)
+    if check.ndim != calibration_images.ndim:
+        raise ExportError("calibration_images and check_images must both be pictures or both be sequences.")
     model = copy.deepcopy(model).cpu().float().eval()
     with parametrize.cached():
         module = trace(model)
         _calibrate(model, module, calibration_images, means, stds, time_steps, len(classes))
-        program, folder, logits = _fold(module, time_steps, means, stds, allow_float)
         picture = {"height": height, "width": width, "channels": channels, "resize": resize}
-        header: dict[str, Any] = {
-            "name": name, "input": picture, "classes": list(classes), "time_steps": time_steps,
-            "fraction_bits": program.fraction_bits, "program": program.ops, "output": logits.source,
-            "provenance": dict(provenance or {})}
-        tensors, notes = _pack(program), tuple(folder.lowering.notes)
-        draft = target.with_name(f".{target.name}.{os.getpid()}.check")
+        if check.ndim == 5:
+            picture["steps"] = time_steps
+        draft, samples = target.with_name(f".{target.name}.{os.getpid()}.check"), check.shape[-4]
         try:
-            artifact.write(draft, header, tensors)
-            agreement, largest = _compare(draft, model, check, means, stds)
+            for bits in (8, 16) if inner_bits is None else (inner_bits,):
+                program, folder, logits = _fold(module, time_steps, means, stds, allow_float, bits)
+                header: dict[str, Any] = {
+                    "name": name, "input": picture, "classes": list(classes), "time_steps": time_steps,
+                    "fraction_bits": program.fraction_bits, "program": program.ops, "output": logits.source,
+                    "provenance": dict(provenance or {})}
+                tensors, notes = _pack(program), tuple(folder.lowering.notes)
+                artifact.write(draft, header, tensors)
+                agreement, largest = _compare(draft, model, check, means, stds)
+                if agreement >= min_agreement or not folder.lowering.rounded:
+                    break
             if agreement < min_agreement:
                 raise ExportError(
-                    f"the integer program agrees with the torch model on {agreement:.2%} of {len(check)} pictures (largest "
+                    f"the integer program agrees with the torch model on {agreement:.2%} of {samples} pictures (largest "
                     f"logit difference {largest:.3g}); {min_agreement:.2%} are asked for, so nothing was written. Calibrate "
                     "on more or more typical pictures, put neurons in front of layers with real-valued inputs, or pass a "
                     f"smaller min_agreement.{''.join(' ' + note + '.' for note in notes)}")
-            header["provenance"]["agreement"] = {"top1": agreement, "largest_logit_difference": largest, "samples": len(check),
+            header["provenance"]["agreement"] = {"top1": agreement, "largest_logit_difference": largest, "samples": samples,
                                                  "with": "torch, float32"}
             artifact.write(target, header, tensors)
         finally:
             draft.unlink(missing_ok=True)
-    return ExportReport(target, target.stat().st_size, agreement, largest, len(check), program.fraction_bits,
+    return ExportReport(target, target.stat().st_size, agreement, largest, samples, program.fraction_bits,
                         dict(Counter(op["op"] for op in program.ops)), tuple(folder.lowering.layers), notes)
 
 
@@ -225,8 +249,8 @@ def _calibrate(model: nn.Module, module: torch.fx.GraphModule, pixels: Pixels, m
                time_steps: int, classes: int) -> None:
     """Run the graph on all pictures; on the first batch prove that it is the model."""
     observer = Observer(module)
-    for i in range(0, len(pixels), _BATCH):
-        x = _normalised(pixels[i:i + _BATCH], mean, std)
+    for i, part in enumerate(_batches(pixels, _BATCH)):
+        x = _normalised(part, mean, std)
         found = observer.run(x)
         if i:
             continue
@@ -237,9 +261,9 @@ def _calibrate(model: nn.Module, module: torch.fx.GraphModule, pixels: Pixels, m
             raise ExportError(f"the traced graph of {type(model).__name__} does not compute what the model computes (logits "
                               f"{list(found.shape)} and {list(expected.shape)}). Does its forward depend on the data, or on "
                               "modules that change between calls?")
-        if expected.shape != (len(x), classes):
+        if expected.shape != (x.shape[-4], classes):
             raise ExportError(f"the model returns {list(expected.shape)}; with {classes} class names it must return "
-                              f"[{len(x)}, {classes}].")
+                              f"[{x.shape[-4]}, {classes}].")
     steps = max((node.meta["sizes"].get("T", 1) for node in module.graph.nodes if "sizes" in node.meta), default=1)
     if steps != time_steps:
         raise ExportError(f"the model runs {steps} time steps, time_steps={time_steps} was given.")

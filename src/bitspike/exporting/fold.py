@@ -32,8 +32,9 @@ def _pair(x: Any) -> tuple[int, int]:
 class Folder:
     """Walks one observed graph and lowers every node; `lowering` keeps the record of what was done."""
 
-    def __init__(self, module: torch.fx.GraphModule, program: Program, *, mean: Array, std: Array, allow_float: bool) -> None:
-        self.module, self.lowering = module, Lowering(program, allow_float)
+    def __init__(self, module: torch.fx.GraphModule, program: Program, *, mean: Array, std: Array, allow_float: bool,
+                 inner_bits: int = 8) -> None:
+        self.module, self.lowering = module, Lowering(program, allow_float, inner_bits)
         self.pixel_mean, self.pixel_std = mean, std
 
     # ------------------------------------------------------------------------------------------- the walk
@@ -75,7 +76,7 @@ class Folder:
         if node.op == "placeholder":
             sizes = node.meta["sizes"]
             return Value("pixels", "u8", 1 / (255 * self.pixel_std), -self.pixel_mean / self.pixel_std, sizes["H"], sizes["W"],
-                         1, (0, 255), pixels=True)
+                         sizes.get("T", 1), (0, 255), pixels=True)
         if node.op == "get_attr":
             found: Any = self.module
             for part in str(node.target).split("."):
@@ -131,6 +132,17 @@ class Folder:
         if kind == "attention":
             q, k, v = named["q_TBCHW"], named["k_TBCHW"], named["v_TBCHW"]
             return self.lowering.attention(q, k, v, named["heads"], named["scale"], layer)
+        if kind == "map":
+            a, b = (named["q_TBCHW"], named["k_TBCHW"]) if named["product"] == "qk" else (named["v_TBCHW"], named["k_TBCHW"])
+            return self.lowering.attention_map(a, b, named["product"], named["heads"], layer)
+        if kind == "read":
+            x = named["v_TBCHW"] if named["product"] == "qk" else named["q_TBCHW"]
+            factor = named["strength_Th"].detach().double().cpu().numpy() * named["scale"]
+            return self.lowering.attention_read(named["map_TBhXX"], x, factor, named["product"], named["heads"], layer)
+        if kind == "coincidences":
+            return self.lowering.coincidences(named["k_TBCHW"], named["v_TBCHW"], layer)
+        if kind == "mask":
+            return self.lowering.mask(named["q_TBCHW"], named["mask_TBC11"], layer)
         if kind in ("maxpool", "avgpool"):
             return self._pool(node, kind, x, named)
         if kind == "adaptive":

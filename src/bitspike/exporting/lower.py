@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bitspike.exporting.emit import Array, Conv, Program
+from bitspike.exporting.emit import Array, Conv, Fine, Program
 from bitspike.exporting.trace import ExportError
 from bitspike.neurons import IELIF, LIF
+from bitspike.quantizers import Membrane
 
 _PLANE = 254  # codes of the fine plane per step of the coarse one
+_MOST = 255  # largest code of kind u8
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Value:
     steps: int
     range: tuple[int, int] = (0, 0)  # of codes
     top: Array | None = None  # largest |x| seen in calibration, [C] or [1]
+    grid: tuple[float, int] | None = None  # x is a whole multiple 0..n of this step: (step, n)
     border: tuple[int, Array] | None = None  # pixels around it that are not stored yet, and their value [C]
     pixels: bool = False
 
@@ -84,9 +87,10 @@ class Lowering:
     at a place where it must not saturate.
     """
 
-    def __init__(self, program: Program, allow_float: bool) -> None:
-        self.program, self.allow_float = program, allow_float
+    def __init__(self, program: Program, allow_float: bool, inner_bits: int = 8) -> None:
+        self.program, self.allow_float, self.inner_bits = program, allow_float, inner_bits
         self.largest = 0.0
+        self.rounded = 0  # real-valued inputs of convolutions that were rounded to 8 bits
         self.layers: list[Layer] = []
         self.notes: list[str] = []
 
@@ -97,7 +101,7 @@ class Lowering:
             x = self.potential(x, layer)  # a maximum commutes with growing maps only
         border = None if x.border is None else (x.border[0], x.border[1] * g + h)
         top = None if x.top is None else x.top * np.abs(g) + np.abs(h)
-        return replace(x, a=x.a * g, b=x.b * g + h, border=border, top=top)
+        return replace(x, a=x.a * g, b=x.b * g + h, border=border, top=top, grid=None)
 
     def potential(self, x: Value, layer: str, saturates: bool = False) -> Value:
         """The value as an int32 potential of the program; saturates: its reader clips it anyway."""
@@ -119,9 +123,18 @@ class Lowering:
         if (x.channels, x.height, x.width) != (y.channels, y.height, y.width):
             raise ExportError(f"{layer}: a sum that broadcasts over space or channels cannot be exported; only "
                               "time may differ.")
+        steps = max(x.steps, y.steps)
+        if self._counts(x) and self._counts(y) and x.a[0] == y.a[0] and x.range[1] + y.range[1] <= _MOST:
+            source = self.program.write("sum", [str(x.source), str(y.source)], layer)
+            return replace(x, source=source, steps=steps, range=(x.range[0] + y.range[0], x.range[1] + y.range[1]))
         x, y = self.potential(x, layer), self.potential(y, layer)
         source = self.program.write("add", [str(x.source), str(y.source)], layer)
-        return replace(x, source=source, steps=max(x.steps, y.steps))
+        return replace(x, source=source, steps=steps, grid=None)
+
+    @staticmethod
+    def _counts(x: Value) -> bool:
+        """Is it spikes or counts times one scale?"""
+        return x.kind == "u8" and not x.b.any() and bool((x.a == x.a[0]).all()) and x.border is None and not x.pixels
 
     # ------------------------------------------------------------------------------------------- neurons
     def neuron(self, module: LIF | IELIF, x: Value, layer: str) -> Value:
@@ -135,15 +148,46 @@ class Lowering:
             source = self.program.write("ielif", [str(x.source)], layer, levels=module.levels,
                                         decay=self.program.pair(module.decay), steps=T)
             return self._spikes(x, source, module.levels, module.scale, T)
-        if module.membrane is not None:
-            raise ExportError(f"{layer}: a LIF neuron with a quantized membrane potential cannot be deployed yet. Remove the "
-                              "'membrane' rule from the spec, or evaluate it in torch.")
+        return self._lif(module, x, layer)
+
+    def _lif(self, module: LIF, x: Value, layer: str) -> Value:
+        program, T = self.program, self.program.time_steps
         x = self.potential(x, layer)
         gain = 1 - module.decay if module.scale_input else 1.0
-        source = self.program.write("lif", [str(x.source)], layer, decay=self.program.pair(module.decay),
-                                    gain=self.program.pair(gain), threshold=round(module.threshold * self.program.one),
-                                    reset=module.reset, steps=T, strict=module.strict)
+        attributes: dict[str, Any] = {"gain": program.pair(gain), "threshold": round(module.threshold * program.one),
+                                      "reset": module.reset, "steps": T, "strict": module.strict}
+        if module.reset == "late":  # the same as a soft reset by more, of which the leak leaves the threshold
+            if module.decay == 0 or module.membrane is not None:
+                raise ExportError(f'{layer}: a LIF neuron with reset="late" and {"decay 0" if module.decay == 0 else "a "}'
+                                  f'{"" if module.decay == 0 else "quantized membrane"} has no integer form; use '
+                                  'reset="soft".')
+            amount = round(module.threshold / module.decay * program.one)
+            attributes |= {"reset": "soft", "amount": min(amount, 2**31 - 1)}
+        if module.membrane is None:
+            source = program.write("lif", [str(x.source)], layer, decay=program.pair(module.decay), **attributes)
+        else:
+            bits, step, table = self._membrane(module.membrane, layer)
+            decay = list(program.factor(module.decay * step, layer))
+            source = program.write("lif_packed", [str(x.source)], layer, decay=decay, bits=bits, table=table, **attributes)
         return self._spikes(x, source, 1, 1.0, T)
+
+    def _membrane(self, membrane: Any, layer: str) -> tuple[int, float, Array]:
+        """(bits, value of one code, table of the potentials at which the code grows by one)."""
+        if not isinstance(membrane, Membrane):
+            raise ExportError(f"{layer}: a LIF neuron whose membrane is a {type(membrane).__name__} cannot be exported; a "
+                              "bitspike.quantizers.Membrane can.")
+        if membrane.scale == "batch":
+            raise ExportError(f'{layer}: a Membrane with scale="batch" depends on the other pictures of the batch and cannot '
+                              'be deployed; train with Scheme("membrane", bits, options={"scale": "running"}), the default.')
+        step = float(membrane.bound.double().clamp_min(1e-12)) / membrane.high
+        code = np.arange(1 - membrane.high, membrane.high + 1)  # reached at half a step below its value
+        edge = (code - 0.5) * step
+        if membrane.tanh:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                edge = np.where(np.abs(edge) < 1, np.arctanh(np.clip(edge, -1, 1)), np.copysign(np.inf, edge))
+        # torch rounds half to even: an even code is reached at its edge, an odd one past it
+        table = np.where(code % 2 == 0, np.ceil(edge * self.program.one), np.floor(edge * self.program.one) + 1)
+        return membrane.bits, step, np.clip(table, -(2.0**31), 2.0**31 - 1).astype(np.int64).astype(np.int32)
 
     def _stateless(self, module: IELIF, x: Value, layer: str) -> Value:
         border = None
@@ -156,18 +200,61 @@ class Lowering:
 
     @staticmethod
     def _spikes(x: Value, source: str, levels: int, scale: float, steps: int) -> Value:
-        return replace(x, source=source, kind="u8", a=np.full(x.channels, float(scale)), steps=steps, range=(0, levels))
+        return replace(x, source=source, kind="u8", a=np.full(x.channels, float(scale)), b=np.zeros(x.channels), steps=steps,
+                       range=(0, levels), grid=None)
+
+    # ---------------------------------------------------------------------------------------- attention
+    def _spiking(self, layer: str, what: str, *values: Value) -> None:
+        if not all(self._counts(x) for x in values):
+            raise ExportError(f"{layer}: {what} needs spikes or counts on every input; put a neuron on each.")
+
+    @staticmethod
+    def _potential_of(like: Value, source: str, **changes: Any) -> Value:
+        channels = changes.pop("channels", like.channels)
+        return replace(like, source=source, kind="i32", a=np.ones(channels), b=np.zeros(channels), grid=None, **changes)
 
     def attention(self, q: Value, k: Value, v: Value, heads: int, scale: float, layer: str) -> Value:
         """scale * q (k^T v) of spikes or counts."""
-        for x in (q, k, v):
-            if x.kind != "u8" or x.b.any() or (x.a != x.a[0]).any() or x.border or x.pixels:
-                raise ExportError(f"{layer}: spike_attention needs spikes or counts on q, k and v; put a neuron on "
-                                  "each.")
+        self._spiking(layer, "spike_attention", q, k, v)
         m, s = self.program.factor(scale * float(q.a[0] * k.a[0] * v.a[0]), layer)
         source = self.program.write("attention", [str(x.source) for x in (q, k, v)], layer, heads=heads, m=m, s=s)
-        return replace(q, source=source, kind="i32", a=np.ones(q.channels), b=np.zeros(q.channels),
-                       steps=max(q.steps, k.steps, v.steps))
+        return self._potential_of(q, source, steps=max(q.steps, k.steps, v.steps))
+
+    def attention_map(self, a: Value, b: Value, product: str, heads: int, layer: str) -> Value:
+        """q k^T over the channels of a head ("qk": a = q, b = k) or v^T k over the tokens ("kv": a = v, b = k)."""
+        self._spiking(layer, "spike_attention_map", a, b)
+        tokens, width = a.height * a.width, a.channels // heads
+        over, side = ("channels", tokens) if product == "qk" else ("tokens", width)
+        m, s = self.program.factor(float(a.a[0] * b.a[0]), layer)
+        source = self.program.write("attention_map", [str(a.source), str(b.source)], layer, over=over, heads=heads, m=m, s=s)
+        return self._potential_of(a, source, steps=max(a.steps, b.steps), channels=side, height=side, width=heads)
+
+    def attention_read(self, chosen: Value, x: Value, factor: Array, product: str, heads: int, layer: str) -> Value:
+        """factor[t, head] * (M v) ("qk": x = v) or * (q M) ("kv": x = q) of a map M of spikes."""
+        self._spiking(layer, "spike_attention_read", chosen, x)
+        if (factor == factor[:1]).all():
+            factor = factor[:1]
+        m, s = self.program.factors(factor * float(chosen.a[0] * x.a[0]), layer)
+        source = self.program.write("attention_read", [str(chosen.source), str(x.source)], layer,
+                                    over="tokens" if product == "qk" else "channels", heads=heads, m=m, s=s)
+        return self._potential_of(x, source, steps=max(chosen.steps, x.steps, len(factor)))
+
+    def coincidences(self, k: Value, v: Value, layer: str) -> Value:
+        """Sum over the pixels of k * v."""
+        self._spiking(layer, "spike_coincidences", k, v)
+        m, s = self.program.factor(float(k.a[0] * v.a[0]), layer)
+        source = self.program.write("coincidences", [str(k.source), str(v.source)], layer, m=m, s=s)
+        return self._potential_of(k, source, steps=max(k.steps, v.steps), height=1, width=1)
+
+    def mask(self, q: Value, chosen: Value, layer: str) -> Value:
+        """The channels of q that a bit per channel lets pass."""
+        self._spiking(layer, "spike_mask", q, chosen)
+        if q.range[1] * chosen.range[1] > _MOST:
+            raise ExportError(f"{layer}: counts up to {q.range[1]} masked by counts up to {chosen.range[1]} pass 255; use a "
+                              "neuron of one level on the mask.")
+        source = self.program.write("mask", [str(q.source), str(chosen.source)], layer)
+        return replace(q, source=source, a=q.a * chosen.a[0], steps=max(q.steps, chosen.steps),
+                       range=(0, q.range[1] * chosen.range[1]))
 
     # -------------------------------------------------------------------------------------- convolutions
     def conv(self, x: Value, codes: Codes | None, weight: Tensor, bias: Tensor | None, stride: tuple[int, int],
@@ -209,7 +296,7 @@ class Lowering:
         return "codes" if x.kind == "s8" else "spikes" if x.range == (0, 1) else "counts"
 
     def _codes(self, x: Value, depthwise: bool, foldable: bool, padding: tuple[int, int], layer: str) \
-            -> tuple[Value, Array, Array | None, tuple[str, float] | None]:
+            -> tuple[Value, Array, Array | None, Fine | None]:
         """The input of a convolution as codes.
 
         (value of kind u8 or s8, zero point [I], factors [I] for the weights or None, a finer second plane or None)
@@ -223,7 +310,8 @@ class Lowering:
         if x.pixels and x.border is None:
             x, fine = self._planes(x, layer)
             return x, np.zeros(x.channels), None, fine
-        return self._eight_bits(x, depthwise, layer), np.zeros(x.channels), None, None
+        x, rest = self._real(x, depthwise, layer)
+        return x, np.zeros(x.channels), None, rest
 
     @staticmethod
     def _zero_is_a_code(x: Value, zero: Array) -> bool:
@@ -234,7 +322,7 @@ class Lowering:
         whole = np.rint(zero)
         return bool((np.abs(zero - whole) < 1e-3).all() and whole.min() >= low and whole.max() <= high)
 
-    def _planes(self, x: Value, layer: str) -> tuple[Value, tuple[str, float]]:
+    def _planes(self, x: Value, layer: str) -> tuple[Value, Fine]:
         """Normalised pixels as a coarse and a fine plane of signed codes, by two tables.
 
         For channels with scales of their own, and where the padding zero lies between two grey levels: one plane of 8 bits
@@ -249,19 +337,36 @@ class Lowering:
         first, second = (self.program.write("lookup", [str(x.source)], layer, table=table.astype(np.int8))
                          for table in (coarse, fine))
         x = replace(x, source=first, kind="s8", a=np.full(x.channels, step), b=np.zeros(x.channels), range=(-127, 127))
-        return x, (second, 1 / _PLANE)
+        return x, Fine(second, 1 / _PLANE)
 
-    def _eight_bits(self, x: Value, per_channel: bool, layer: str) -> Value:
-        """A real-valued input as calibrated signed 8-bit codes."""
-        border = x.border
-        top = np.broadcast_to(np.asarray(x.top), (x.channels,)).copy()
+    def _real(self, x: Value, per_channel: bool, layer: str) -> tuple[Value, Fine | None]:
+        """A real-valued input as codes.
+
+        Averages of counts are counts again. Otherwise signed codes of 8 bits, calibrated; where there is one pixel, or 16
+        bits are asked for everywhere, a second plane holds what the first one rounded off.
+        """
+        border, top = x.border, np.broadcast_to(np.asarray(x.top), (x.channels,)).copy()
         x = self.potential(replace(x, border=None), layer)
-        largest = float(top.max())
-        if largest == 0:
-            largest = 1.0  # the calibration pictures never reach this input
-        step = (np.maximum(top, largest * 2.0**-12) if per_channel else np.full(x.channels, largest)) / 127
-        source = self.program.quantize(str(x.source), 1 / step, -127, 127, "s8", layer)
-        return replace(x, source=source, kind="s8", a=step, border=border, range=(-127, 127))
+        if x.grid is not None and border is None:
+            step, most = x.grid
+            source = self.program.quantize(str(x.source), np.array([1 / step]), 0, most, "u8", layer)
+            return replace(x, source=source, kind="u8", a=np.full(x.channels, step), range=(0, most)), None
+        largest = float(top.max()) or 1.0  # zero: the calibration pictures never reach this input
+        reach = 127.0 + (0 if self.inner_bits == 8 and x.height * x.width > 1 else 127 / _PLANE)
+        step_C = (np.maximum(top, largest * 2.0**-12) if per_channel else np.full(x.channels, largest)) / reach
+        source = self.program.quantize(str(x.source), 1 / step_C, -127, 127, "s8", layer)
+        codes = replace(x, source=source, kind="s8", a=step_C, border=border, range=(-127, 127), grid=None)
+        if reach == 127:
+            self.rounded += 1
+            return codes, None
+        back = self.program.affine(source, -step_C, np.zeros(x.channels), False, layer)
+        rest = self.program.write("add", [str(x.source), back], layer)
+        pad = None
+        if border is not None:
+            real = border[1] / step_C
+            pad = np.clip(np.rint((real - np.clip(np.rint(real), -127, 127)) * _PLANE), -127, 127).astype(np.int64)
+        fine = self.program.quantize(rest, _PLANE / step_C, -127, 127, "s8", layer)
+        return codes, Fine(fine, 1 / _PLANE, pad)
 
     # ------------------------------------------------------------------------------------ pools and means
     def maxpool(self, x: Value, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
@@ -288,12 +393,19 @@ class Lowering:
         ones, scheme = np.ones((x.channels, 1, *kernel), np.int32), {"kind": "binary", "bits": 1}
         pending = Conv(str(x.source), ones, scheme, stride, (0, 0), x.channels, None, x.range, layer, fine)
         return Value(pending, "acc", x.a / n, -x.a * zero, (x.height - kernel[0]) // stride[0] + 1,
-                     (x.width - kernel[1]) // stride[1] + 1, x.steps)
+                     (x.width - kernel[1]) // stride[1] + 1, x.steps, grid=self._averaged(x, n))
+
+    def _averaged(self, x: Value, n: int) -> tuple[float, int] | None:
+        """The grid on which the mean of n such values lies, if its numbers fit a byte."""
+        grid = (float(x.a[0]), x.range[1]) if self._counts(x) else x.grid
+        return (grid[0] / n, grid[1] * n) if grid is not None and grid[1] * n <= _MOST else None
 
     def mean(self, x: Value, over: str, layer: str) -> Value:
         """Mean over space or time; affine maps behind or before it commute."""
-        if (x.steps if over == "time" else x.height * x.width) == 1:
+        n = x.steps if over == "time" else x.height * x.width
+        if n == 1:
             return x
+        grid = self._averaged(x, n)
         if x.kind == "acc" or x.border is not None:
             x = self.potential(x, layer)
         m = 1
@@ -304,4 +416,4 @@ class Lowering:
             x = replace(x, a=x.a * (self.program.one / m))
         source = self.program.write("mean", [str(x.source)], layer, over=over, m=m)
         size = {"steps": 1} if over == "time" else {"height": 1, "width": 1}
-        return replace(x, source=source, kind="i32", pixels=False, **size)  # type: ignore[arg-type]
+        return replace(x, source=source, kind="i32", pixels=False, grid=grid, **size)  # type: ignore[arg-type]

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 from torch.nn import functional
 
+from bitspike.models.bestformer import spike_attention_map, spike_attention_read
 from bitspike.models.blocks import LayerScale, NormPad, as_sequence, spike_attention
+from bitspike.models.spike_driven import spike_coincidences, spike_mask
 from bitspike.neurons import IELIF, LIF
 
 #: axes of a tensor, one group of names per dimension: [B, C, H*W] is (("B",), ("C",), ("H", "W")); () is a new axis of 1
@@ -50,6 +52,10 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
     "conv": (functional.conv2d, torch.conv2d),
     "linear": (functional.linear,),
     "attention": (spike_attention,),
+    "map": (spike_attention_map,),
+    "read": (spike_attention_read,),
+    "coincidences": (spike_coincidences,),
+    "mask": (spike_mask,),
 }
 _KINDS: dict[Any, str] = {target: kind for kind, targets in _SPELLINGS.items() for target in targets}
 #: parameters of the functions that have options, in order
@@ -61,7 +67,13 @@ PARAMETERS = {
     "linear": ("input", "weight", "bias"),
     "mean": ("input", "dim", "keepdim"),
     "attention": ("q_TBCHW", "k_TBCHW", "v_TBCHW", "heads", "scale"),
+    "map": ("q_TBCHW", "k_TBCHW", "v_TBCHW", "heads", "product"),
+    "read": ("map_TBhXX", "q_TBCHW", "v_TBCHW", "strength_Th", "heads", "product", "scale"),
+    "coincidences": ("k_TBCHW", "v_TBCHW"),
+    "mask": ("q_TBCHW", "mask_TBC11"),
 }
+#: functions of the models that are one operation, not looked into
+_WHOLE = (as_sequence, spike_attention, spike_attention_map, spike_attention_read, spike_coincidences, spike_mask)
 
 
 class ExportError(ValueError):
@@ -95,7 +107,7 @@ class _Tracer(torch.fx.Tracer):
     """Stops at what the exporter turns into operations; looks into everything else."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_functions=(as_sequence, spike_attention))  # also where it was imported by name
+        super().__init__(autowrap_functions=_WHOLE)  # also where it was imported by name
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, _OURS) or super().is_leaf_module(module, name)
@@ -178,8 +190,8 @@ class Observer:
                 self.last_use[used] = node
 
     @torch.no_grad()
-    def run(self, x_BCHW: Tensor) -> Tensor:
-        """Logits of one normalised batch, computed node by node."""
+    def run(self, x: Tensor) -> Tensor:
+        """Logits of one normalised batch of pictures [B, C, H, W] or sequences [T, B, C, H, W], computed node by node."""
         values: dict[Node, Any] = {}
         result: Any = None
         for node in self.module.graph.nodes:
@@ -188,7 +200,7 @@ class Observer:
             if node.op == "placeholder":
                 if values:
                     raise ExportError(f"the model takes a second input {node.name!r}; an exported model takes one picture.")
-                value: Any = label(x_BCHW, (("B",), ("C",), ("H",), ("W",)))
+                value: Any = label(x, (("T",), ("B",), ("C",), ("H",), ("W",))[5 - x.dim():])
             elif node.op == "output":
                 result = args[0]
             else:
@@ -252,7 +264,7 @@ def unknown(node: Node, why: str = "") -> ExportError:
     """The error for an operation that has no integer form."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     return ExportError(f"operation {name!r} in {place(node)} cannot be exported{': ' + why if why else ''}. A deployed model "
-                       "is made of conv, linear, batch norm, LIF, IELIF, spike_attention, residual +, * constant, pooling, "
+                       "is made of conv, linear, batch norm, LIF, IELIF, spike attention, residual +, * constant, pooling, "
                        "mean and flatten; replace the operation or keep it out of forward().")
 
 
@@ -328,6 +340,8 @@ def _axes_after(node: Node, kind: str, x: Labelled, flat: list[Labelled], args: 
     if kind == "linear":
         done = _linear(node, x, out)
         return done.axes, done.sizes
+    if kind in ("map", "read", "coincidences", "mask"):
+        return _attended(kind, arguments(node, args, kwargs), out)
     if kind in ("add", "sub", "mul", "div", "neg", "same", "dropout", "attention"):
         largest = max(flat, key=lambda a: a.tensor.dim())
         if out.shape != largest.tensor.shape:
@@ -362,6 +376,17 @@ def _axes_after(node: Node, kind: str, x: Labelled, flat: list[Labelled], args: 
             return (*x.axes[:dim], (), *x.axes[dim:]), x.sizes
         return _reshaped(node, x, out), x.sizes
     raise unknown(node)
+
+
+def _attended(kind: str, named: dict[str, Any], out: Tensor) -> tuple[Axes, dict[str, int]]:
+    """Axes after a part of an attention. A map [T, B, heads, X, Y] is laid out as the op `attention_map` does it: what
+    `attention_read` sums over is C, the heads are W.
+    """
+    x: Labelled = next(iter(a for name, a in named.items() if isinstance(a, Labelled) and name != "map_TBhXX"))
+    if kind == "map":
+        names = ("T", "B", "W", "H", "C") if named["product"] == "qk" else ("T", "B", "W", "C", "H")
+        return tuple((name,) for name in names), dict(zip(names, out.shape, strict=True))
+    return x.axes, {**x.sizes, "H": 1, "W": 1} if kind == "coincidences" else x.sizes
 
 
 def _timed(node: Node, axes: Axes, sizes: dict[str, int], out: Tensor) -> tuple[Axes, dict[str, int]]:
