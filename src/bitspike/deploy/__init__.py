@@ -9,5 +9,6 @@ from bitspike.deploy.errors import ArtifactError, ImageError, StepError
 from bitspike.deploy.preprocess import read_image
 from bitspike.deploy.runtime import Net, load
 from bitspike.deploy.steps import Steps
+from bitspike.deploy.stream import Decision, Stream
 
-__all__ = ["ArtifactError", "ImageError", "Net", "StepError", "Steps", "kernels", "load", "read_image"]
+__all__ = ["ArtifactError", "Decision", "ImageError", "Net", "StepError", "Steps", "Stream", "kernels", "load", "read_image"]

@@ -110,7 +110,8 @@ class CompactSpikeformer(nn.Module):
     block out); num_classes; time_steps; neuron: function that returns a new neuron; attention_scale: factor on
     q (k^T v), per channel of a head; the default keeps 49 tokens in the neuron's range; logit_scale: factor on the logits;
     in_channels: 3, or 2 for event frames (then the stem is drawn at random).
-    Shapes: images [B, in_channels, H, W] (H, W from 26 to 33 give the final 3x3 map that is pooled) or sequences -> [B, classes].
+    Shapes: images [B, in_channels, H, W] (H, W from 26 to 33 give the final 3x3 map that is pooled) or sequences ->
+    [B, classes].
 
     >>> CompactSpikeformer((8, 16, 16), heads=2)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
