@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitspike.cli.networks import Pixels, as_pixels, pictures_for, sample_pictures, split_pictures
+from bitspike.cli.networks import Pixels, as_pixels, pictures_for, sample_frames, sample_pictures, split_pictures
 from bitspike.deploy import ArtifactError, Net, load
 from bitspike.deploy.fields import printable
 from bitspike.profiling import Report, profile
@@ -15,6 +15,7 @@ from bitspike.profiling import Report, profile
 if TYPE_CHECKING:
     from torch import nn
 
+    from bitspike.data.events.framing import Frames
     from bitspike.exporting import ExportReport
     from bitspike.recipe import Recipe
 
@@ -36,10 +37,11 @@ def _export(model: nn.Module, recipe: Recipe, output: Path, classes: tuple[str, 
     output.parent.mkdir(parents=True, exist_ok=True)
     # as evaluation does it: small pictures are taken whole, photographs lose a border
     resize = recipe.image_size if in_memory else round(recipe.image_size / 0.875)
-    channels = calibration.shape[3]
+    channels = calibration.shape[-1]
     return export_model(model, output, mean=recipe.mean, std=recipe.std, image_size=recipe.image_size, channels=channels,
                         classes=classes, calibration_images=calibration, name=recipe.name,
-                        time_steps=int(getattr(model, "time_steps", 1)), resize=resize,
+                        time_steps=calibration.shape[0] if calibration.ndim == 5 else int(getattr(model, "time_steps", 1)),
+                        resize=resize,
                         provenance=_provenance(recipe, **provenance), min_agreement=min_agreement, check_images=check)
 
 
@@ -75,7 +77,7 @@ def export_recipe(recipe: Recipe, output: Path, data_dir: Path | None) -> Export
     else:
         size, channels = recipe.image_size, len(recipe.mean)
         with torch.no_grad():
-            outputs = model.eval()(torch.zeros(1, channels, size, size)).shape[-1]
+            outputs = model.eval()(torch.zeros(*pixels.shape[:1] * (pixels.ndim - 4), 1, channels, size, size)).shape[-1]
         classes = tuple(f"class {i}" for i in range(outputs))
     whole = data is None or isinstance(data.test, Arrays)
     return _export(model.eval(), recipe, output, classes, pixels, pixels, 0.0, whole and recipe.image_size <= 64,
@@ -91,6 +93,16 @@ def _dataset_name(net: Net, target: str) -> str:
     return name
 
 
+def _frames(net: Net) -> Frames | None:
+    """How recordings become the frames of a network of sequences, as its recipe had it; None for a network of pictures."""
+    settings = net.header.get("provenance", {}).get("settings")
+    if net.input_steps == 1 or not isinstance(settings, dict):
+        return None
+    from bitspike.data.events.framing import Frames
+
+    return Frames(net.input_steps, net.input_shape[:2], settings.get("frames_by", Frames.by))
+
+
 def evaluate_file(target: str, data_dir: Path | None, split: str, threads: int | None = None) -> dict[str, Any]:
     """top1 and top5 in percent, n and ms_per_image of an artifact on its own data. Errors: ArtifactError, DataError."""
     net = load(target)
@@ -99,7 +111,7 @@ def evaluate_file(target: str, data_dir: Path | None, split: str, threads: int |
     from bitspike.data import load as load_data
     from bitspike.data.loader import evaluation_batches
 
-    data = load_data(name, data_dir)
+    data = load_data(name, data_dir, _frames(net))
     if list(data.classes) != net.classes:
         raise DataError(f"{target} has {len(net.classes)} classes ({net.classes[0]!r} ...), {name} there has "
                         f"{len(data.classes)} ({data.classes[0]!r} ...).")
@@ -113,7 +125,7 @@ def evaluate_file(target: str, data_dir: Path | None, split: str, threads: int |
         seconds += time.perf_counter() - began
         order = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels.numpy()[:, None]
         hits += [order[:, 0].sum(), order.sum()]
-        seen += len(images)
+        seen += len(labels)
     if not seen:
         raise DataError(f"{name}: its split {split!r} has no images.")
     top1, top5 = (100 * hits / seen).round(4).tolist()
@@ -138,10 +150,13 @@ def profile_file(target: str, data_dir: Path | None, count: int, threads: int | 
         from bitspike.data import load as load_data
 
         try:
-            pixels = split_pictures(load_data(name, data_dir), "test", count, height, channels)
-            return profile(target, pixels, threads=threads), f"{len(pixels)} of {name} test"
+            pixels = split_pictures(load_data(name, data_dir, _frames(net)), "test", count, height, channels)
+            return profile(target, pixels, threads=threads), f"{pixels.shape[-4]} of {name} test"
         except DataError as error:
             remedy = str(error).rstrip(".")
+    if net.input_steps > 1:
+        pixels = sample_frames(count, net.input_steps, height, width, channels)
+        return profile(net, pixels, threads=threads), f"{count} random sequences, which are no recordings; {remedy}"
     pixels = sample_pictures(count, height, width, channels)
     used = f"{len(pixels)} of the embedded Fashion-MNIST sample"
     if name != "fashion_mnist_sample":

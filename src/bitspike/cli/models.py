@@ -15,7 +15,7 @@ from bitspike.neurons import IELIF, LIF
 from bitspike.papers import find_recipe
 from bitspike.profiling import Report, profile
 from bitspike.recipe import Recipe
-from bitspike.training import normalise
+from bitspike.training import as_input, normalise
 
 
 def bits_of(recipe: Recipe) -> str:
@@ -28,12 +28,16 @@ def bits_of(recipe: Recipe) -> str:
 
 
 def _images(pixels: Pixels, recipe: Recipe) -> torch.Tensor:
+    if pixels.ndim == 5:
+        return as_input(normalise(torch.from_numpy(pixels).permute(1, 0, 4, 2, 3), recipe))
     return normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2), recipe)
 
 
 def _used(pixels: Pixels, recipe: Recipe, own: bool) -> str:
     if own:
-        return f"{len(pixels)} of {recipe.data} test"
+        return f"{pixels.shape[-4]} of {recipe.data} test"
+    if pixels.ndim == 5:
+        return f"{pixels.shape[-4]} random sequences, not of {recipe.data}; give --data"
     return f"{len(pixels)} of the embedded Fashion-MNIST sample, not of {recipe.data}; give --data"
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bitspike.data import Dataset
     from bitspike.recipe import Recipe
 
-Pixels = np.ndarray  # uint8 [N, H, W, C]
+Pixels = np.ndarray  # uint8 [N, H, W, C], or sequences of frames [T, N, H, W, C]
 
 
 def kind_of(target: str) -> str:
@@ -41,6 +41,12 @@ def sample_pictures(count: int, height: int, width: int, channels: int) -> Pixel
     return np.ascontiguousarray(np.repeat(grey[..., None], channels, axis=3))
 
 
+def sample_frames(count: int, steps: int, height: int, width: int, channels: int) -> Pixels:
+    """Sparse random frames [T, N, H, W, C], about one event in ten pixels: where a network's own recordings are not at hand."""
+    rng = np.random.default_rng(0)
+    return rng.poisson(0.1, (steps, count, height, width, channels)).clip(0, 255).astype(np.uint8)
+
+
 def split_pictures(data: Dataset, split: str, count: int, size: int, channels: int) -> Pixels:
     """`count` pictures of a split, as evaluation sees them; from all over it, since it may be sorted by class."""
     import torch
@@ -58,9 +64,14 @@ def _spread(total: int, count: int) -> np.ndarray:
     return np.linspace(0, total - 1, min(count, total)).astype(np.int64)
 
 
-def as_pixels(images_BCHW: Any, channels: int) -> Pixels:
-    """torch uint8 [B, C, H, W] -> numpy uint8 [B, H, W, channels]; a grey picture becomes three equal channels."""
-    pixels = images_BCHW.permute(0, 2, 3, 1).numpy()
+def as_pixels(images: Any, channels: int) -> Pixels:
+    """torch uint8 [B, C, H, W] -> numpy uint8 [B, H, W, channels]; a grey picture becomes three equal channels.
+
+    Sequences [B, T, C, H, W] become [T, B, H, W, C].
+    """
+    if images.dim() == 5:
+        return np.ascontiguousarray(images.permute(1, 0, 3, 4, 2).numpy())
+    pixels = images.permute(0, 2, 3, 1).numpy()
     if pixels.shape[3] != channels:
         pixels = np.repeat(pixels[..., :1], channels, axis=3)
     return np.ascontiguousarray(pixels)
@@ -71,6 +82,8 @@ def pictures_for(recipe: Recipe, data_dir: Path | None, count: int, split: str) 
     from bitspike.data import load
 
     channels = len(recipe.mean)
+    if data_dir is None and recipe.frames:
+        return sample_frames(count, recipe.frames, recipe.image_size, recipe.image_size, channels), None
     if data_dir is None and recipe.data != "fashion_mnist_sample":
         return sample_pictures(count, recipe.image_size, recipe.image_size, channels), None
     data = load(recipe.data, data_dir, recipe.event_frames())

@@ -16,8 +16,8 @@ from bitspike.deploy import Net, kernels
 from bitspike.deploy.program import Op, Value
 from bitspike.profiling.report import Report
 
-_NEURONS = ("quantize", "lif", "ielif")
-_LARGEST_COUNT = 127  # unsigned codes above are 8-bit values, not spike counts
+_NEURONS = ("quantize", "lif", "lif_packed", "ielif")
+_ATTENTION = ("attention", "attention_map", "attention_read", "coincidences")
 
 
 class _Counts:
@@ -51,7 +51,7 @@ def _from_pixels(net: Net) -> set[str]:
 
 
 def _is_count(value: Value) -> bool:
-    return value.kind == "u8" and value.hi <= _LARGEST_COUNT
+    return value.kind == "u8"
 
 
 def _elements(value: Value) -> int:
@@ -73,6 +73,12 @@ def _conv(op: Op, listed: dict[str, Any], net: Net, counts: _Counts, pixels: set
                      source.hi if _is_count(source) else 255, counts.mean(op.inputs[0]), counts.density(op.inputs[0]))
 
 
+def _is_pool(op: Op, listed: dict[str, Any]) -> bool:
+    """An average over windows is a convolution with ones: no layer of the model, and no weights of its own."""
+    weight = op.attributes["weight"]
+    return bool(listed["scheme"]["kind"] == "binary" and weight.shape[3] == 1 and (weight == 1).all())
+
+
 def _attention(op: Op, net: Net, counts: _Counts) -> list[Operation]:
     """k^T v, driven by the sparser of the two, and q (k^T v), driven by q."""
     values, (q, k, v) = net.program.values, op.inputs
@@ -91,15 +97,25 @@ def _attention(op: Op, net: Net, counts: _Counts) -> list[Operation]:
     ]
 
 
+def _product(op: Op, net: Net, counts: _Counts, index: int) -> Operation:
+    """One product of spikes with spikes, driven by the sparser side."""
+    values, (a, b), y = net.program.values, op.inputs, net.program.values[op.output]
+    driver, other = (a, b) if counts.mean(a) <= counts.mean(b) else (b, a)
+    return Operation(f"{op.layer or op.output}.product{index}", cost.ATTENTION, (), op.macs // y.steps, 0,
+                     cost.code_bits(values[other].hi), _elements(values[driver]), _elements(y), y.steps, values[driver].hi,
+                     counts.mean(driver), counts.density(driver))
+
+
 def _potentials(net: Net) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """(bytes moved, bytes held) of residual sums and of the state of neurons."""
     residuals, states = [], []
+    convs = {op.layer for op in net.program.ops if op.name == "conv"}  # what they add up are their own two planes
     for op in net.program.ops:
         y = net.program.values[op.output]
-        if op.name == "add":
+        if op.name in ("add", "sum") and op.layer not in convs:
             residuals.append((2 * y.image_bytes, y.image_bytes // y.steps))
-        elif op.name in ("lif", "ielif") and y.steps > 1:
-            held = _elements(y) * cost.POTENTIAL_BITS // 8
+        elif op.name in ("lif", "lif_packed", "ielif") and y.steps > 1:
+            held = _elements(y) * op.attributes.get("bits", cost.POTENTIAL_BITS) // 8
             states.append((2 * y.steps * held, held))
     return residuals, states
 
@@ -118,15 +134,19 @@ def milliseconds(run: Callable[[], object], images: int, least_seconds: float = 
 
 def profile_artifact(net: Net, images: NDArray[np.uint8], *, file_bytes: int | None = None, batch: int = 8,
                      threads: int | None = None) -> Report:
-    """Trace the network on pictures uint8 [B, H, W, C], then time it. See `bitspike.profile`."""
-    if len(images) == 0:
-        raise ValueError("profile: no images; give at least one, uint8 [B, H, W, C].")
+    """Trace the network on pictures uint8 [B, H, W, C] or sequences [T, B, H, W, C], then time it. See `bitspike.profile`."""
+    count = images.shape[-4] if images.ndim > 3 else 0
+    if count == 0:
+        raise ValueError("profile: no images; give at least one, uint8 [B, H, W, C] or [T, B, H, W, C].")
     counts = _Counts()
     spikes = neurons = 0.0
-    read = {name for op in net.program.ops if op.name in ("conv", "attention") for name in op.inputs}
-    made = {op.output for op in net.program.ops if op.name in _NEURONS and _is_count(net.program.values[op.output])}
-    for first in range(0, len(images), batch):
-        values = net.trace(images[first:first + batch], threads)
+    ops = net.program.ops
+    read = {name for op in ops if op.name in ("conv", *_ATTENTION) for name in op.inputs}
+    convs = {op.layer for op in ops if op.name == "conv"}  # a code made for a convolution bears its name, and is no neuron
+    made = {op.output for op in ops if op.name in _NEURONS and _is_count(net.program.values[op.output])
+            and not (op.layer and op.layer in convs)}
+    for first in range(0, count, batch):
+        values = net.trace(np.ascontiguousarray(images[..., first:first + batch, :, :, :]), threads)
         for name in read | made:
             counts.add(name, values[name])
         for name in made:
@@ -135,16 +155,20 @@ def profile_artifact(net: Net, images: NDArray[np.uint8], *, file_bytes: int | N
     pixels = _from_pixels(net)
     layers: list[Operation] = []
     stored: set[str] = set()
-    for op, listed in zip(net.program.ops, net.header["program"], strict=True):
-        if op.name == "conv":
+    products: dict[str, int] = {}
+    for op, listed in zip(ops, net.header["program"], strict=True):
+        if op.name == "conv" and not _is_pool(op, listed):
             layer = _conv(op, listed, net, counts, pixels)
-            if listed["weight"] in stored:  # two planes of the pixels read one weight
+            if listed["weight"] in stored:  # two planes of the same input read one weight
                 layer = replace(layer, weights=0)
             stored.add(listed["weight"])
             layers.append(layer)
         elif op.name == "attention":
             layers += _attention(op, net, counts)
+        elif op.name in _ATTENTION:
+            index = products[op.layer or ""] = products.get(op.layer or "", 0) + 1
+            layers.append(_product(op, net, counts, index))
     residuals, states = _potentials(net)
     used = int(threads or os.cpu_count() or 1)
-    return Report(net.header["name"], "artifact", tuple(layers), len(images), spikes / max(1.0, neurons), tuple(residuals),
-                  tuple(states), file_bytes, milliseconds(lambda: net(images, used), len(images)), kernels.active(), used)
+    return Report(net.header["name"], "artifact", tuple(layers), count, spikes / max(1.0, neurons), tuple(residuals),
+                  tuple(states), file_bytes, milliseconds(lambda: net(images, used), count), kernels.active(), used)

@@ -19,6 +19,7 @@ _PRODUCTS = ("torch.Tensor.matmul", "torch.matmul", "torch.bmm", "torch.Tensor.b
              "torch.Tensor.__rmatmul__")
 _SUMS = ("torch.Tensor.add", "torch.add", "torch.Tensor.add_", "torch.Tensor.__add__", "torch.Tensor.__radd__",
          "torch.Tensor.__iadd__")
+_PRODUCTS_EACH = ("torch.Tensor.mul", "torch.mul", "torch.Tensor.__mul__", "torch.Tensor.__rmul__")
 _GRID = 1e-3  # how far from a multiple of the smallest value a count may be (float16 has 1e-3)
 
 
@@ -64,7 +65,9 @@ class _Watch(TorchFunctionMode):
         self.modules = {id(m): name for name, m in model.named_modules()}
         self.seen: dict[str, _Seen] = {}
         self.steps = self.batch = 1
-        self.sources: dict[int, tuple[Tensor, nn.Module]] = {}
+        self.sequences = False  # is the input itself a sequence?
+        self.sources: dict[int, tuple[Tensor, float, int]] = {}  # by memory: spikes or counts, the value of one, the largest
+        self.masked: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # products of spikes, element by element
         self.path: list[str] = []
         self.inside = 0  # > 0: within a neuron or a layer, whose own arithmetic is not the model's
         self.products_of: dict[str, int] = {}
@@ -80,10 +83,14 @@ class _Watch(TorchFunctionMode):
         for handle in self.handles:
             handle.remove()
 
-    def start(self, batch: int) -> None:
+    def start(self, images: Tensor) -> None:
         """Forget what belongs to the batch before."""
-        self.batch = batch
+        self.sequences = images.dim() == 5
+        self.batch = images.shape[-4]
+        if self.sequences:
+            self.steps = images.shape[0]
         self.sources.clear()
+        self.masked.clear()
         self.products_of.clear()
         self.residuals.clear()
         self.states.clear()
@@ -107,19 +114,30 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if "max_pool2d" in getattr(func, "__name__", "") and isinstance(out, Tensor) and isinstance(args[0], Tensor):
+            source = self.sources.get(args[0].untyped_storage().data_ptr())
+            if source is not None:  # the largest of some counts is a count
+                self.sources[out.untyped_storage().data_ptr()] = (out, *source[1:])
+            return out
         if not self.inside and isinstance(out, Tensor) and len(args) > 1 and all(isinstance(a, Tensor) for a in args[:2]):
             name = resolve_name(func)
             if name in _PRODUCTS:
                 self._product(args[0], args[1], out)
             elif name in _SUMS and args[0].shape == args[1].shape and not isinstance(args[1], nn.Parameter):
-                # one side is read back, the sum is written
-                image = out.numel() // self.batch * cost.POTENTIAL_BITS // 8
-                self.residuals.append((2 * image, image // self.steps))
+                self._sum(args[0], args[1], out)
+            elif name in _PRODUCTS_EACH and args[0].shape == args[1].shape and \
+                    all(a.untyped_storage().data_ptr() in self.sources for a in args[:2]):
+                self.masked[out.untyped_storage().data_ptr()] = (out, args[0], args[1])
+        elif not self.inside and isinstance(out, Tensor) and args and isinstance(args[0], Tensor) and self.masked \
+                and resolve_name(func) in ("torch.Tensor.sum", "torch.sum"):
+            pair = self.masked.get(args[0].untyped_storage().data_ptr())
+            if pair is not None:  # coincidences of spikes, added up
+                self._product(pair[1], pair[2], out, pair[0].numel())
         return out
 
     # ------------------------------------------------------------------------------------------ records
     def _neuron(self, module: LIF | IELIF, y: Tensor) -> None:
-        self.sources[y.untyped_storage().data_ptr()] = (y, module)
+        self.sources[y.untyped_storage().data_ptr()] = (y, module.scale, module.levels)
         self.spikes += float(y.sum(dtype=torch.float64)) / module.scale
         self.neurons += y.numel() // self.steps
         keeps = isinstance(module, LIF) or module.decay is not None
@@ -129,12 +147,21 @@ class _Watch(TorchFunctionMode):
             held = y.numel() // self.batch // self.steps * bits // 8
             self.states.append((2 * self.steps * held, held))
 
+    def _sum(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """A residual sum: one side is read back, the sum is written; of counts, it is a count."""
+        known = [self.sources.get(x.untyped_storage().data_ptr()) for x in (a, b)]
+        bits = cost.POTENTIAL_BITS
+        if known[0] is not None and known[1] is not None and known[0][1] == known[1][1] and known[0][2] + known[1][2] <= 255:
+            bits = 8
+            self.sources[out.untyped_storage().data_ptr()] = (out, known[0][1], known[0][2] + known[1][2])
+        image = out.numel() // self.batch * bits // 8
+        self.residuals.append((2 * image, image // self._steps_of(out)))
+
     def codes(self, x: Tensor) -> _Codes:
         """The counts behind a tensor, if a neuron made it (or if its values lie on a grid of 0..255 steps)."""
         source = self.sources.get(x.untyped_storage().data_ptr())
         if source is not None:
-            neuron = source[1]
-            return _Codes((x.float() / float(neuron.scale)).round_(), int(neuron.levels))  # type: ignore[arg-type]
+            return _Codes((x.float() / source[1]).round_(), source[2])
         x = x.float()
         low, high = x.aminmax()
         if low < 0:
@@ -154,7 +181,7 @@ class _Watch(TorchFunctionMode):
 
     def _layer(self, name: str, layer: nn.Module, x: Tensor, out: Tensor) -> None:
         # a static image gives the same first layer at every step: a device computes it once
-        first = not self.seen and x.dim() == 4
+        first = not self.seen and x.dim() == 4 and not self.sequences
         steps, per = (1, x.shape[0]) if first else (self._steps_of(x), self.batch * self._steps_of(x))
         weight: Tensor = layer.weight  # type: ignore[assignment]
         fan_in = weight[0].numel()
@@ -170,8 +197,8 @@ class _Watch(TorchFunctionMode):
                 codes.levels)
         self._count(record, codes, x)
 
-    def _product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """A product of two activations (attention): driven by the side that is spikes."""
+    def _product(self, a: Tensor, b: Tensor, out: Tensor, products: int = 0) -> None:
+        """A product of two activations (attention): driven by the side that is spikes; `products`: if no matrix product."""
         steps, per = self.steps, self.batch * self.steps
         left, right = self.codes(a), self.codes(b)
         # with spikes on both sides, the sparser one drives
@@ -187,7 +214,7 @@ class _Watch(TorchFunctionMode):
         if record is None:
             kind = cost.ATTENTION if driver[0].counts is not None else cost.DENSE
             width = cost.code_bits(other.levels) if other.counts is not None else 16
-            record = self.seen[name] = _Seen(name, kind, (), out.numel() // per * a.shape[-1], 0, width,
+            record = self.seen[name] = _Seen(name, kind, (), (products or out.numel() * a.shape[-1]) // per, 0, width,
                                              driver[1].numel() // per, out.numel() // per, steps, driver[0].levels)
         self._count(record, driver[0], driver[1])
 
@@ -224,20 +251,23 @@ def _as_published(model: nn.Module, operations: list[Operation]) -> list[Operati
 
 @torch.no_grad()
 def profile_model(model: nn.Module, images: Tensor, *, name: str = "", batch: int = 8) -> Report:
-    """Run the model (in evaluation mode) on normalised images [B, C, H, W] and count. See `bitspike.profile`."""
-    if len(images) == 0:
-        raise ValueError("profile: no images; give at least one, [B, C, H, W].")
+    """Run the model (in evaluation mode) on normalised images [B, C, H, W] or sequences [T, B, C, H, W] and count.
+
+    See `bitspike.profile`.
+    """
+    if images.dim() < 4 or images.shape[-4] == 0:
+        raise ValueError("profile: no images; give at least one, [B, C, H, W] or [T, B, C, H, W].")
     was_training = model.training
     model.eval()
     watch = _Watch(model)
     try:
         with watch:
-            for part in images.split(batch):
-                watch.start(len(part))
+            for part in images.split(batch, images.dim() - 4):
+                watch.start(part)
                 model(part)
     finally:
         watch.close()
         model.train(was_training)
     operations = _as_published(model, [seen.operation() for seen in watch.seen.values()])
-    return Report(name or type(model).__name__, "torch model", tuple(operations), len(images),
+    return Report(name or type(model).__name__, "torch model", tuple(operations), images.shape[-4],
                   watch.spikes / max(1.0, watch.neurons), tuple(watch.residuals), tuple(watch.states))
