@@ -25,6 +25,16 @@ struct Avx2 {
   static I32 load(const int32_t* p, int lanes) {
     return lanes == kLanes ? load(p) : _mm256_maskload_epi32(p, mask(lanes));
   }
+  static constexpr int kFields = 1, kScaleBits = 0;
+  static void put_weight(int16_t* at, int, int8_t w) { *at = w; }
+  static uint32_t start(int8_t w, int32_t offset) { return 0u - static_cast<uint32_t>(w * offset); }
+  static I32 unpack(I32 packed, int) { return packed; }
+  static I32 unscale(I32 acc) { return acc; }
+  static I32 xor_(I32 a, I32 b) { return _mm256_xor_si256(a, b); }
+  static I32 shift_left_each(I32 a, I32 n) { return _mm256_sllv_epi32(a, n); }
+  template <int kBits>
+  struct Narrow;
+
   static I32 load_weights(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(int32_t* p, I32 v, int lanes) {
     if (lanes >= kLanes) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
@@ -83,7 +93,7 @@ struct Avx2 {
     else
       for (size_t i = 0; i < n; ++i) to[i] = from[i];
   }
-  static const int16_t* in_place(const Conv&, const uint8_t*, int) { return nullptr; }
+  static const int16_t* in_place(const Conv&, const uint8_t*, int, int) { return nullptr; }
 
   // A per-output number as int64, lanes 0..3 and 4..7.
   struct Factor {
@@ -219,6 +229,18 @@ struct Avx2 {
     const I32 limit = _mm256_xor_si256(_mm256_srai_epi32(a, 31), _mm256_set1_epi32(INT32_MAX));
     return _mm256_castps_si256(
         _mm256_blendv_ps(_mm256_castsi256_ps(sum), _mm256_castsi256_ps(limit), _mm256_castsi256_ps(over)));
+  }
+};
+
+// Weights of kBits bits, 16 / kBits to a lane of 16 bits.
+template <int kBits>
+struct Avx2::Narrow : Avx2 {
+  static constexpr int kFields = 16 / kBits;
+  static void put_weight(int16_t* at, int field, int8_t w) {
+    *at = static_cast<int16_t>(static_cast<uint16_t>(*at) | (w & ((1 << kBits) - 1)) << field * kBits);
+  }
+  static I32 unpack(I32 packed, int field) {
+    return _mm256_srai_epi16(_mm256_slli_epi16(packed, 16 - kBits - field * kBits), 16 - kBits);
   }
 };
 

@@ -24,6 +24,16 @@ struct Avx512 {
   static I32 load(const int32_t* p, int lanes) {
     return lanes == kLanes ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(mask(lanes), p);
   }
+  static constexpr int kFields = 1, kScaleBits = 0;
+  static void put_weight(int8_t* at, int, int8_t w) { *at = w; }
+  static uint32_t start(int8_t w, int32_t offset) { return 0u - static_cast<uint32_t>(w * offset); }
+  static I32 unpack(I32 packed, int) { return packed; }
+  static I32 unscale(I32 acc) { return acc; }
+  static I32 xor_(I32 a, I32 b) { return _mm512_xor_si512(a, b); }
+  static I32 shift_left_each(I32 a, I32 n) { return _mm512_sllv_epi32(a, n); }
+  template <int kBits>
+  struct Narrow;
+
   static I32 load_weights(const int8_t* p) { return _mm512_loadu_si512(p); }
   static void store(int32_t* p, I32 v, int lanes) {
     if (lanes >= kLanes) _mm512_storeu_si512(p, v);
@@ -70,8 +80,8 @@ struct Avx512 {
     for (size_t i = 0; i < n; ++i) to[i] = from[i] ^ flip;
   }
   // Where the input already is what the kernel wants to read, it is read where it lies.
-  static const uint8_t* in_place(const Conv& c, const uint8_t* image, int first_row) {
-    const bool as_is = c.kind == Kind::u8 && c.groups == 1 && !c.pad_h && !c.pad_w && c.channels % kUnit == 0;
+  static const uint8_t* in_place(const Conv& c, const uint8_t* image, int first_row, int unit) {
+    const bool as_is = c.kind == Kind::u8 && c.groups == 1 && !c.pad_h && !c.pad_w && c.channels % unit == 0;
     return as_is ? image + static_cast<size_t>(first_row) * c.width * c.channels : nullptr;
   }
 
@@ -181,6 +191,21 @@ struct Avx512 {
     return _mm512_mask_xor_epi32(sum, _mm512_movepi32_mask(over), _mm512_srai_epi32(sum, 31),
                                  _mm512_set1_epi32(INT32_MIN));
   }
+};
+
+// Weights of kBits bits, 8 / kBits to a byte. They stay at the top of their bytes, which saves sign extension: sums are
+// 2^kScaleBits times as large and shifted down at the end.
+template <int kBits>
+struct Avx512::Narrow : Avx512 {
+  static constexpr int kFields = 8 / kBits, kScaleBits = 8 - kBits;
+  static void put_weight(int8_t* at, int field, int8_t w) {
+    *at = static_cast<int8_t>(static_cast<uint8_t>(*at) | (w & ((1 << kBits) - 1)) << field * kBits);
+  }
+  static I32 unpack(I32 packed, int field) {
+    const I32 top = _mm512_set1_epi8(static_cast<char>(256 - (1 << kScaleBits)));
+    return _mm512_and_si512(_mm512_slli_epi16(packed, kScaleBits - field * kBits), top);
+  }
+  static I32 unscale(I32 acc) { return _mm512_srai_epi32(acc, kScaleBits); }
 };
 
 }  // namespace

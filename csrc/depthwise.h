@@ -152,12 +152,16 @@ void depthwise_rows(const Conv& c, const void* packed, const uint8_t* image, int
   }
 }
 
-template <class V, class Finish>
-void depthwise(const Conv& c, const void* packed, const uint8_t* image, int row0, int row1,
-               const Finish& write, void* scratch) {
+template <class V>
+void conv_depthwise(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e,
+                    void* scratch) {
+  const uint8_t* in = static_cast<const uint8_t*>(image);
   int32_t* vectors = static_cast<int32_t*>(scratch);
-  if (c.kind == Kind::s8) depthwise_rows<V, true>(c, packed, image, row0, row1, write, vectors);
-  else depthwise_rows<V, false>(c, packed, image, row0, row1, write, vectors);
+  with_finish<V>(e, c.outputs, *DepthwisePacking<V>(c, packed).fits(), [&](const auto& write) {
+    if (c.kind == Kind::s8) depthwise_rows<V, true>(c, packed, in, row0, row1, write, vectors);
+    else depthwise_rows<V, false>(c, packed, in, row0, row1, write, vectors);
+  });
+  count_nonzero<V>(e, static_cast<size_t>(row1 - row0) * c.out_width * c.outputs);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // which has this file's instruction set too; where it would lose (int64 products, saturation) primitives are used.
 #pragma once
 #include "events.h"
+#include "shifts.h"
 #include "tiles.h"
 
 namespace bitspike {
@@ -171,17 +172,15 @@ void ielif(const IeLif& p, const int32_t* x, size_t count, size_t x_stride, uint
   }
 }
 
-constexpr ConvKernel kNone = {[](const Conv&) { return false; }, nullptr, nullptr, nullptr, nullptr};
-
 // mean and lookup have no vector version: they are a small part of every network.
 template <class V>
 constexpr Kernels kernels(const char* name, ConvKernel popcount) {
   return {name,
-          {{[](const Conv&) { return true; }, conv_packed_bytes<V>, conv_pack<V>, conv_scratch_bytes<V>, conv_dense<V>},
-           kNone,
+          {dense_kernel<V>(),
+           narrow_kernel<V>(),
            {events_supported<V>, events_packed_bytes<V>, events_pack<V>, events_scratch_bytes<V>, conv_events<V>},
            popcount,
-           kNone},
+           tiles_kernel<ShiftOf<V>>([](const Conv& c) { return may_support(Variant::shift, c); })},
           finish<V>,
           quantize<V>,
           affine<V>,

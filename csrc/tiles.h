@@ -1,7 +1,9 @@
 // The vector kernels, written once over a handful of primitives (`V`) that each instruction set's file defines:
 //
 //   V::Code           what an input code becomes in scratch: uint8_t (s8 codes + 128) or int16_t
-//   V::kUnit          codes per lane of one V::dot
+//   V::kUnit          codes per lane of one V::dot; a step is that many neighbouring codes
+//   V::kFields        steps whose weights share one vector in memory; V::unpack(v, j) takes those of step j out, times
+//                     2^V::kScaleBits, and V::put_weight puts them in
 //   V::kLanes         int32 lanes of V::I32
 //   V::kPixels        4 or 8; with V::kVectors (at most 3) the register block: accumulators = kPixels * kVectors
 //   V::dot(a, x, w)   a[lane] += sum over unit of x[unit] * w[lane][unit], x one broadcast unit
@@ -18,9 +20,9 @@ namespace {
 
 constexpr size_t kSlack = 64;  // codes that may be read, never used, past the end of scratch
 
-// Packed convolution, per group: [blocks][kernel_h][steps][lanes][unit] weights, then m, b and the first value of the
-// accumulator, int32 [blocks * lanes] each, and whether requantization fits. One step is `kUnit` neighbouring codes of a kernel row (kernel_w and
-// channels run together in memory), the last one padded with zero weights.
+// Packed convolution, per group: [blocks][kernel_h][steps / fields][lanes][unit] weights, then m, b and the first value of
+// the accumulator, int32 [blocks * lanes] each, and whether requantization fits. Steps run through a kernel row, where
+// kernel_w and channels run together in memory; the last ones are padded with zero weights.
 template <class V>
 struct Packing {
   typename V::Weight* weight;
@@ -28,8 +30,8 @@ struct Packing {
   size_t steps, block, bytes;
 
   Packing(const Conv& c, int group, const void* packed) {
-    steps = round_up(static_cast<size_t>(c.kernel_w) * c.group_channels(), V::kUnit) / V::kUnit;
-    block = c.kernel_h * steps * V::kLanes * V::kUnit;
+    steps = round_up(static_cast<size_t>(c.kernel_w) * c.group_channels(), V::kUnit * V::kFields) / V::kUnit;
+    block = c.kernel_h * steps / V::kFields * V::kLanes * V::kUnit;
     const size_t outputs = round_up(c.group_outputs(), V::kLanes);
     const size_t weights = round_up(outputs / V::kLanes * block * sizeof(typename V::Weight), 64);
     bytes = weights + round_up((3 * outputs + 1) * sizeof(int32_t), 64);
@@ -43,15 +45,13 @@ struct Packing {
 };
 
 template <class V>
-size_t conv_packed_bytes(const Conv& c) {
-  if (c.depthwise()) return DepthwisePacking<V>(c, nullptr).bytes();
+size_t tiles_packed_bytes(const Conv& c) {
   return c.groups * Packing<V>(c, 0, nullptr).bytes;
 }
 
 template <class V>
-void conv_pack(const Conv& c, void* packed) {
-  if (c.depthwise()) return depthwise_pack<V>(c, packed);
-  memset(packed, 0, conv_packed_bytes<V>(c));
+void tiles_pack(const Conv& c, void* packed) {
+  memset(packed, 0, tiles_packed_bytes<V>(c));
   const int taps = c.kernel_h * c.kernel_w, in = c.group_channels(), outputs = c.group_outputs();
   const bool fits = requant_fits(c);
   const int32_t offset = c.kind == Kind::s8 ? V::kSignedOffset : 0;
@@ -63,23 +63,33 @@ void conv_pack(const Conv& c, void* packed) {
       uint32_t sum = 0;
       for (int ky = 0; ky < c.kernel_h; ++ky)
         for (int k = 0; k < c.kernel_w * in; ++k, ++w) {
-          const size_t step = ky * p.steps + k / V::kUnit;
-          p.weight[o / V::kLanes * p.block + (step * V::kLanes + o % V::kLanes) * V::kUnit + k % V::kUnit] = *w;
-          sum += static_cast<uint32_t>(*w);
+          const size_t step = ky * p.steps + k / V::kUnit, vector = step / V::kFields;
+          V::put_weight(p.weight + o / V::kLanes * p.block + (vector * V::kLanes + o % V::kLanes) * V::kUnit + k % V::kUnit,
+                        static_cast<int>(step % V::kFields), *w);
+          sum += V::start(*w, offset);
         }
       p.m[o] = c.m[g * outputs + o];
       p.b[o] = c.b[g * outputs + o];
       // Modulo 2^32, as the dot product is: the true sum is below 2^31, so the result is exact.
-      p.start[o] = static_cast<int32_t>(0u - sum * static_cast<uint32_t>(offset));
+      p.start[o] = static_cast<int32_t>(sum << V::kScaleBits);
     }
   }
+}
+
+inline bool two_bits(const Conv& c) { return c.weight_lo >= -2 && c.weight_hi <= 1; }
+
+// The scaled accumulator must stay below 2^31 too.
+template <class V>
+bool narrow_supported(const Conv& c) {
+  const int64_t code = c.hi > -c.lo ? c.hi : -c.lo, weight = c.weight_hi > -c.weight_lo ? c.weight_hi : -c.weight_lo;
+  const int64_t products = int64_t{c.kernel_h} * c.kernel_w * c.group_channels();
+  return may_support(Variant::narrow, c) && products * code * weight < int64_t{1} << (31 - V::template Narrow<2>::kScaleBits);
 }
 
 inline size_t padded_width(const Conv& c) { return static_cast<size_t>(c.width) + 2 * c.pad_w; }
 
 template <class V>
-size_t conv_scratch_bytes(const Conv& c, int rows) {
-  if (c.depthwise()) return depthwise_scratch_bytes<V>(c);
+size_t tiles_scratch_bytes(const Conv& c, int rows) {
   const size_t in_rows = static_cast<size_t>(rows - 1) * c.stride_h + c.kernel_h;
   const size_t codes = in_rows * padded_width(c) * c.group_channels() + kSlack;
   return codes * sizeof(typename V::Code);
@@ -115,7 +125,7 @@ void pad_rows(const Conv& c, const uint8_t* image, int first, int rows, int chan
 // kPixels x (N * kLanes) outputs. x: the first code of each pixel's window; `row` codes between rows of the window.
 template <class V, int N, class Finish>
 void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* const* x, size_t row, int first, int c_first,
-                int pixels,                 const size_t* y, const Finish& write) {
+                int pixels, const size_t* y, const Finish& write) {
   typename V::I32 acc[V::kPixels][N];
   for (int n = 0; n < N; ++n) {
     const typename V::I32 start = V::load(p.start + first + n * V::kLanes);
@@ -124,15 +134,18 @@ void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* cons
   const typename V::Weight* w = p.weight + first / V::kLanes * p.block;
   const typename V::Code *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3], *x4 = x[4], *x5 = x[5], *x6 = x[6], *x7 = x[7];
   for (int ky = 0; ky < c.kernel_h; ++ky) {
-    for (size_t k = 0; k < p.steps * V::kUnit; k += V::kUnit, w += V::kLanes * V::kUnit) {
-      typename V::I32 weights[N];
-      for (int n = 0; n < N; ++n) weights[n] = V::load_weights(w + n * p.block);
-      const auto pixel = [&](typename V::I32* a, const typename V::Code* from) {
-        const typename V::I32 codes = V::broadcast(from + k);
-        for (int n = 0; n < N; ++n) a[n] = V::dot(a[n], codes, weights[n]);
-      };
-      pixel(acc[0], x0), pixel(acc[1], x1), pixel(acc[2], x2), pixel(acc[3], x3);
-      if constexpr (V::kPixels > 4) pixel(acc[4], x4), pixel(acc[5], x5), pixel(acc[6], x6), pixel(acc[7], x7);
+    for (size_t k = 0; k < p.steps * V::kUnit; w += V::kLanes * V::kUnit) {
+      typename V::I32 packed[N], weights[N];
+      for (int n = 0; n < N; ++n) packed[n] = V::load_weights(w + n * p.block);
+      for (int field = 0; field < V::kFields; ++field, k += V::kUnit) {
+        for (int n = 0; n < N; ++n) weights[n] = V::unpack(packed[n], field);
+        const auto pixel = [&](typename V::I32* a, const typename V::Code* from) {
+          const typename V::I32 codes = V::broadcast(from + k);
+          for (int n = 0; n < N; ++n) a[n] = V::dot(a[n], codes, weights[n]);
+        };
+        pixel(acc[0], x0), pixel(acc[1], x1), pixel(acc[2], x2), pixel(acc[3], x3);
+        if constexpr (V::kPixels > 4) pixel(acc[4], x4), pixel(acc[5], x5), pixel(acc[6], x6), pixel(acc[7], x7);
+      }
     }
     x0 += row, x1 += row, x2 += row, x3 += row, x4 += row, x5 += row, x6 += row, x7 += row;
   }
@@ -142,7 +155,7 @@ void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* cons
     const int o = first + n * V::kLanes, lanes = at_most(outputs - o, V::kLanes);
     const Requantize<V, Finish::kFits> requantize(p.m + o, p.b + o);
     for (int i = 0; i < V::kPixels; ++i)
-      if (i < pixels) write(y[i] + o, c_first + o, lanes, requantize(acc[i][n], scale));
+      if (i < pixels) write(y[i] + o, c_first + o, lanes, requantize(V::unscale(acc[i][n]), scale));
   }
 }
 
@@ -163,7 +176,7 @@ struct Windows {
 };
 
 template <class V, class Finish>
-void dense_rows(const Conv& c, const void* packed, const uint8_t* in, int row0, int row1, const Finish& write,
+void tiles_rows(const Conv& c, const void* packed, const uint8_t* in, int row0, int row1, const Finish& write,
                 void* scratch) {
   using Code = typename V::Code;
   const int pixels = (row1 - row0) * c.out_width;
@@ -171,7 +184,7 @@ void dense_rows(const Conv& c, const void* packed, const uint8_t* in, int row0, 
   const int channels = c.group_channels(), outputs = c.group_outputs();
   const size_t row = padded_width(c) * channels;
   for (int g = 0; g < c.groups; ++g) {
-    const Code* codes = V::in_place(c, in, first_row);
+    const Code* codes = V::in_place(c, in, first_row, V::kUnit * V::kFields);
     if (!codes) {
       Code* to = static_cast<Code*>(scratch);
       const bool is_signed = c.kind == Kind::s8;
@@ -204,15 +217,47 @@ void dense_rows(const Conv& c, const void* packed, const uint8_t* in, int row0, 
 }
 
 template <class V>
-void conv_dense(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e,
+void conv_tiles(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e,
                 void* scratch) {
   const uint8_t* in = static_cast<const uint8_t*>(image);
-  const bool fits = c.depthwise() ? *DepthwisePacking<V>(c, packed).fits() : *Packing<V>(c, 0, packed).fits;
-  with_finish<V>(e, c.outputs, fits, [&](const auto& write) {
-    if (c.depthwise()) depthwise<V>(c, packed, in, row0, row1, write, scratch);
-    else dense_rows<V>(c, packed, in, row0, row1, write, scratch);
-  });
+  with_finish<V>(e, c.outputs, *Packing<V>(c, 0, packed).fits,
+                 [&](const auto& write) { tiles_rows<V>(c, packed, in, row0, row1, write, scratch); });
   count_nonzero<V>(e, static_cast<size_t>(row1 - row0) * c.out_width * c.outputs);
+}
+
+// Variant::dense is the one that takes depthwise convolutions too.
+template <class V>
+constexpr ConvKernel dense_kernel() {
+  return {[](const Conv&) { return true; },
+          [](const Conv& c) {
+            return c.depthwise() ? DepthwisePacking<V>(c, nullptr).bytes() : tiles_packed_bytes<V>(c);
+          },
+          [](const Conv& c, void* packed) { c.depthwise() ? depthwise_pack<V>(c, packed) : tiles_pack<V>(c, packed); },
+          [](const Conv& c, int rows) {
+            return c.depthwise() ? depthwise_scratch_bytes<V>(c) : tiles_scratch_bytes<V>(c, rows);
+          },
+          [](const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e, void* scratch) {
+            (c.depthwise() ? conv_depthwise<V> : conv_tiles<V>)(c, packed, image, row0, row1, e, scratch);
+          }};
+}
+
+template <class V>
+constexpr ConvKernel tiles_kernel(bool (*supported)(const Conv&)) {
+  return {supported, tiles_packed_bytes<V>, tiles_pack<V>, tiles_scratch_bytes<V>, conv_tiles<V>};
+}
+
+// Variant::narrow: V::Narrow<2> and V::Narrow<4> hold weights of so many bits.
+template <class V>
+constexpr ConvKernel narrow_kernel() {
+  using Two = typename V::template Narrow<2>;
+  using Four = typename V::template Narrow<4>;
+  return {[](const Conv& c) { return narrow_supported<V>(c); },
+          [](const Conv& c) { return (two_bits(c) ? tiles_packed_bytes<Two> : tiles_packed_bytes<Four>)(c); },
+          [](const Conv& c, void* packed) { (two_bits(c) ? tiles_pack<Two> : tiles_pack<Four>)(c, packed); },
+          [](const Conv& c, int rows) { return tiles_scratch_bytes<Four>(c, rows); },
+          [](const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e, void* scratch) {
+            (two_bits(c) ? conv_tiles<Two> : conv_tiles<Four>)(c, packed, image, row0, row1, e, scratch);
+          }};
 }
 
 }  // namespace
