@@ -14,7 +14,7 @@ struct Avx2 {
   using Weight = int16_t;
   static constexpr int kUnit = 2, kLanes = 8, kPixels = 4, kVectors = 2;
   static constexpr int kBytes = 32, kEventRows = 2;
-  static constexpr int kSignedOffset = 0;
+  static constexpr int kSignedOffset = 0, kUnsignedOffset = 0;
 
   static __m256i mask(int lanes) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

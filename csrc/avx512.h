@@ -15,7 +15,7 @@ struct Avx512 {
   using Weight = int8_t;
   static constexpr int kUnit = 4, kLanes = 16, kPixels = 8, kVectors = 3;
   static constexpr int kBytes = 64, kEventRows = 4;
-  static constexpr int kSignedOffset = 128;  // vpdpbusd wants unsigned codes; the start value takes it back
+  static constexpr int kSignedOffset = 128, kUnsignedOffset = 0;  // vpdpbusd wants unsigned codes; the start value takes it back
 
   static __mmask16 mask(int lanes) { return static_cast<__mmask16>((1u << lanes) - 1); }
 

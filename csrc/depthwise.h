@@ -30,7 +30,7 @@ void depthwise_pack(const Conv& c, void* packed) {
   const DepthwisePacking<V> p(c, packed);
   memset(packed, 0, p.bytes());
   *p.fits() = requant_fits(c);
-  const uint32_t offset = c.kind == Kind::s8 ? V::kSignedOffset : 0;
+  const auto offset = static_cast<uint32_t>(c.kind == Kind::s8 ? V::kSignedOffset : V::kUnsignedOffset);
   for (int o = 0; o < c.channels; ++o) {
     int32_t* block = p.data + o / V::kLanes * p.block;
     const int lane = o % V::kLanes;

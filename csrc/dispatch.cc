@@ -6,6 +6,14 @@
 #include <immintrin.h>
 #include <intrin.h>
 #endif
+#ifdef BITSPIKE_ARM64
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+#endif
 
 namespace bitspike {
 namespace {
@@ -39,6 +47,20 @@ bool has_avx512_popcount() { return has_avx512() && __builtin_cpu_supports("avx5
 #endif
 #endif
 
+#ifdef BITSPIKE_ARM64
+bool has_dot_product() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
+#else
+  return false;
+#endif
+}
+#endif
+
 struct Available {
   const Kernels* list[4] = {};
   Available() {
@@ -50,6 +72,10 @@ struct Available {
 #endif
     if (has_avx2()) list[n++] = &kernels_avx2;
     if (has_avx512()) list[n++] = &kernels_avx512;
+#endif
+#ifdef BITSPIKE_ARM64
+    list[n++] = &kernels_neon;
+    if (has_dot_product()) list[n++] = &kernels_neon_dot;
 #endif
   }
 };

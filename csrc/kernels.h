@@ -163,6 +163,11 @@ void conv_popcount_avx512(const Conv&, const void* packed, const void* image, in
 bool cpu_has_avx512_popcount();  // dispatch.cc
 #endif
 
+#ifdef BITSPIKE_ARM64
+extern const Kernels kernels_neon;
+extern const Kernels kernels_neon_dot;
+#endif
+
 // dispatch.cc: the sets this CPU can run, best last; nullptr ends the list.
 const Kernels* const* available_kernels();
 const Kernels* find_kernels(const char* name);  // nullptr if this CPU or build lacks it

@@ -54,7 +54,7 @@ void tiles_pack(const Conv& c, void* packed) {
   memset(packed, 0, tiles_packed_bytes<V>(c));
   const int taps = c.kernel_h * c.kernel_w, in = c.group_channels(), outputs = c.group_outputs();
   const bool fits = requant_fits(c);
-  const int32_t offset = c.kind == Kind::s8 ? V::kSignedOffset : 0;
+  const int32_t offset = c.kind == Kind::s8 ? V::kSignedOffset : V::kUnsignedOffset;
   for (int g = 0; g < c.groups; ++g) {
     const Packing<V> p(c, g, packed);
     *p.fits = fits;
@@ -190,7 +190,7 @@ void tiles_rows(const Conv& c, const void* packed, const uint8_t* in, int row0, 
       const bool is_signed = c.kind == Kind::s8;
       pad_rows(c, in, first_row, rows, g * channels, channels, to,
                [=](Code* dst, const uint8_t* src, size_t n) { V::convert(dst, src, n, is_signed); },
-               [=](int16_t v) { return static_cast<Code>(v + (is_signed ? V::kSignedOffset : 0)); });
+               [=](int16_t v) { return static_cast<Code>(v + (is_signed ? V::kSignedOffset : V::kUnsignedOffset)); });
       codes = to;
     }
     const Packing<V> p(c, g, packed);

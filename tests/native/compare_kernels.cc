@@ -1,0 +1,388 @@
+// Random operations through every set of kernels this CPU can run, against the scalar one, for a number of seconds.
+//
+//   compare_kernels SECONDS [SEED]
+//
+// Stands alone (no Python), so that it can be cross-compiled and run in an emulator, or built with sanitizers. Every buffer is
+// a heap block of exactly the size it needs: AddressSanitizer sees what is read or written past it.
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <chrono>
+#include <string>
+#include <vector>
+
+#include "../../csrc/kernels.h"
+
+namespace {
+
+using namespace bitspike;
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  uint64_t next() {  // splitmix64
+    uint64_t z = (state_ += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+  int64_t between(int64_t lo, int64_t hi) { return lo + static_cast<int64_t>(next() % static_cast<uint64_t>(hi - lo + 1)); }
+  bool chance(int percent) { return between(1, 100) <= percent; }
+  template <size_t N>
+  int pick(const int (&list)[N]) {
+    return list[next() % N];
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// A heap block of exactly `size` bytes, aligned as kernels.h says.
+class Block {
+ public:
+  explicit Block(size_t size, size_t alignment = 64) : size_(size) {
+    if (posix_memalign(&data_, alignment, size ? size : 1)) abort();
+    memset(data_, 0xab, size);
+  }
+  ~Block() { free(data_); }
+  Block(const Block&) = delete;
+  void* data() { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  void* data_;
+  size_t size_;
+};
+
+template <class T>
+T* exact(std::vector<T>& v) {
+  v.shrink_to_fit();
+  return v.data();
+}
+
+int32_t some_int32(Random& r) {
+  switch (r.between(0, 5)) {
+    case 0: return 0;
+    case 1: return INT32_MAX;
+    case 2: return INT32_MIN;
+    case 3: return static_cast<int32_t>(r.between(-5, 5));
+    case 4: return static_cast<int32_t>(r.between(-100000, 100000));
+    default: return static_cast<int32_t>(r.next());
+  }
+}
+
+int32_t some_m(Random& r) {
+  const int32_t m = some_int32(r);
+  return m == INT32_MIN ? -INT32_MAX : m;
+}
+
+// One style for all numbers of a list, as in real networks, or anything.
+std::vector<int32_t> numbers(Random& r, size_t count, bool is_m) {
+  std::vector<int32_t> list(count);
+  const int style = static_cast<int>(r.between(0, 2));
+  const int64_t size = style == 0 ? 300 : style == 1 ? 1 << 20 : 0;
+  for (int32_t& v : list)
+    v = size ? static_cast<int32_t>(r.between(is_m && r.chance(50) ? 0 : -size, size)) : is_m ? some_m(r) : some_int32(r);
+  return list;
+}
+
+int some_shift(Random& r) { return static_cast<int>(r.chance(70) ? r.between(0, 30) : r.between(0, 62)); }
+
+// ------------------------------------------------------------------------------------------------ convolution
+struct Epilogues {
+  bool residual, out, in_place, codes[2], nonzero[2];
+  Quantizer quantizer[2];
+  std::vector<int32_t> m[2];
+};
+
+Quantizer some_quantizer(Random& r, std::vector<int32_t>& m, int channels) {
+  Quantizer q{};
+  q.per_channel = r.chance(40);
+  m = numbers(r, q.per_channel ? channels : 1, true);
+  if (r.chance(50))
+    for (int32_t& v : m) v = static_cast<int32_t>(r.between(1, 8));
+  q.m = m.data();
+  q.shift = some_shift(r);
+  if (r.chance(70)) q.lo = 0, q.hi = r.pick({1, 2, 4, 8, 15, 127, 255});
+  else q.lo = -static_cast<int>(r.between(0, 127)), q.hi = static_cast<int>(r.between(0, 127));
+  return q;
+}
+
+struct Written {
+  std::vector<int32_t> out;
+  std::vector<uint8_t> codes[2];
+  size_t nonzero[2] = {};
+  bool operator==(const Written& o) const {
+    return out == o.out && codes[0] == o.codes[0] && codes[1] == o.codes[1] && nonzero[0] == o.nonzero[0] &&
+           nonzero[1] == o.nonzero[1];
+  }
+};
+
+template <class Run>
+Written write(const Epilogues& e, const std::vector<int32_t>& residual, size_t count, Run run) {
+  Written w;
+  std::vector<int32_t> own = residual;
+  if (e.out && !e.in_place) w.out.assign(count, 0x5a5a5a5a);
+  Epilogue epilogue{};
+  if (e.residual) epilogue.residual = exact(own);
+  if (e.out) epilogue.out = e.in_place ? own.data() : exact(w.out);
+  for (int k = 0; k < 2; ++k) {
+    epilogue.quantizer[k] = e.quantizer[k];
+    if (!e.codes[k]) continue;
+    w.codes[k].assign(count, 0x5a);
+    epilogue.codes[k] = exact(w.codes[k]);
+    if (e.nonzero[k]) epilogue.nonzero[k] = &w.nonzero[k];
+  }
+  run(epilogue);
+  if (e.in_place) w.out = own;
+  return w;
+}
+
+Epilogues some_epilogue(Random& r, int channels) {
+  Epilogues e{};
+  e.residual = r.chance(40);
+  e.codes[0] = r.chance(70);
+  e.codes[1] = e.codes[0] && r.chance(20);
+  e.out = !e.codes[0] || r.chance(50);
+  e.in_place = e.out && e.residual && r.chance(30);
+  for (int k = 0; k < 2; ++k) {
+    e.nonzero[k] = r.chance(60);
+    e.quantizer[k] = some_quantizer(r, e.m[k], channels);
+  }
+  return e;
+}
+
+std::string text(const Conv& c) {
+  char line[400];
+  snprintf(line, sizeof line, "conv %dx%dx%d -> %dx%dx%d kernel %dx%d stride %dx%d pad %dx%d groups %d %s codes %d..%d shift %d",
+           c.height, c.width, c.channels, c.out_height, c.out_width, c.outputs, c.kernel_h, c.kernel_w, c.stride_h, c.stride_w,
+           c.pad_h, c.pad_w, c.groups, c.kind == Kind::s8 ? "s8" : "u8", c.lo, c.hi, c.shift);
+  return line;
+}
+
+bool check_conv(Random& r) {
+  Conv c{};
+  c.kernel_h = r.pick({1, 1, 2, 3, 3, 5, 7}), c.kernel_w = r.chance(80) ? c.kernel_h : r.pick({1, 2, 3, 4});
+  c.stride_h = r.pick({1, 1, 2, 3}), c.stride_w = r.chance(80) ? c.stride_h : r.pick({1, 2});
+  c.pad_h = static_cast<int>(r.between(0, c.kernel_h)), c.pad_w = static_cast<int>(r.between(0, c.kernel_w));
+  const auto side = [&](int kernel, int pad) { return static_cast<int>(r.between(kernel > 2 * pad ? kernel - 2 * pad : 1, 14)); };
+  c.height = side(c.kernel_h, c.pad_h), c.width = r.chance(5) ? 70 : side(c.kernel_w, c.pad_w);
+  c.channels = r.pick({1, 2, 3, 4, 5, 8, 16, 17, 31, 32, 33, 48, 64, 65, 100});
+  switch (r.between(0, 3)) {
+    case 0: c.groups = c.channels, c.outputs = c.channels; break;
+    case 1:
+      do c.groups = static_cast<int>(r.between(1, c.channels));
+      while (c.channels % c.groups);
+      c.outputs = c.groups * r.pick({1, 2, 3, 17});
+      break;
+    default: c.groups = 1, c.outputs = r.pick({1, 3, 4, 10, 15, 16, 17, 32, 48, 63, 64, 65, 100, 130});
+  }
+  c.out_height = (c.height + 2 * c.pad_h - c.kernel_h) / c.stride_h + 1;
+  c.out_width = (c.width + 2 * c.pad_w - c.kernel_w) / c.stride_w + 1;
+  c.kind = r.chance(30) ? Kind::s8 : Kind::u8;
+  c.hi = c.kind == Kind::s8 ? r.pick({1, 7, 127}) : r.pick({1, 1, 2, 4, 8, 15, 127, 255});
+  c.lo = c.kind == Kind::s8 ? -c.hi - (c.hi == 127 && r.chance(20)) : 0;
+  c.shift = some_shift(r);
+  const size_t taps = static_cast<size_t>(c.kernel_h) * c.kernel_w * c.group_channels();
+  std::vector<int8_t> weight(c.outputs * taps);
+  const int style = static_cast<int>(r.between(0, 4)), bits = static_cast<int>(r.between(2, 8)), fixed = r.chance(50) ? -128 : 127;
+  for (int8_t& w : weight) {
+    const int power = static_cast<int>(r.between(-1, 6));
+    if (style == 0) w = r.chance(50) ? 1 : -1;
+    else if (style == 1) w = static_cast<int8_t>(power < 0 ? 0 : (r.chance(50) ? 1 : -1) * (1 << power));
+    else if (style == 2) w = static_cast<int8_t>(fixed);
+    else w = static_cast<int8_t>(r.between(-(1 << (bits - 1)), (1 << (bits - 1)) - 1));
+  }
+  std::vector<int16_t> pad(c.channels, 0);
+  if (r.chance(40))
+    for (int16_t& p : pad) p = static_cast<int16_t>(r.between(c.lo, c.hi));
+  const std::vector<int32_t> m = numbers(r, c.outputs, true), b = numbers(r, c.outputs, false);
+  std::vector<uint8_t> image(static_cast<size_t>(c.height) * c.width * c.channels, 0);
+  const int density = r.pick({-1, 0, 3, 15, 50, 100, 101});
+  for (uint8_t& x : image)
+    if (density == 101) x = static_cast<uint8_t>(r.chance(50) ? c.lo : c.hi);
+    else if (r.chance(density)) x = static_cast<uint8_t>(r.between(c.lo, c.hi));
+  if (density == -1) image[r.next() % image.size()] = static_cast<uint8_t>(c.hi);  // one spike
+  c.weight = exact(weight), c.pad_value = exact(pad), c.m = m.data(), c.b = b.data();
+  describe_weights(c);
+
+  const Epilogues e = some_epilogue(r, c.outputs);
+  const int row0 = r.chance(30) ? static_cast<int>(r.between(0, c.out_height - 1)) : 0;
+  const int row1 = r.chance(30) ? static_cast<int>(r.between(row0 + 1, c.out_height)) : c.out_height;
+  const size_t count = static_cast<size_t>(row1 - row0) * c.out_width * c.outputs;
+  std::vector<int32_t> residual(count);
+  for (int32_t& v : residual) v = some_int32(r);
+  const auto run = [&](const ConvKernel& kernel) {
+    Block packed(kernel.packed_bytes(c)), scratch(kernel.scratch_bytes(c, row1 - row0));
+    kernel.pack(c, packed.data());
+    Conv unpacked = c;  // the weights, m and b are no longer needed
+    unpacked.weight = nullptr, unpacked.m = nullptr, unpacked.b = nullptr;
+    return write(e, residual, count, [&](const Epilogue& epilogue) {
+      kernel.run(unpacked, packed.data(), exact(image), row0, row1, epilogue, scratch.data());
+    });
+  };
+  const Written expected = run(kernels_scalar.conv[0]);
+  bool good = true;
+  for (const Kernels* const* set = available_kernels(); *set; ++set)
+    for (int v = 0; v < kVariants; ++v) {
+      const ConvKernel& kernel = (*set)->conv[v];
+      if (!kernel.supported(c)) continue;
+      if (!may_support(static_cast<Variant>(v), c) || !(run(kernel) == expected)) {
+        printf("DIFFERENT: %s %s: %s rows %d..%d\n", (*set)->name, variant_name(static_cast<Variant>(v)), text(c).c_str(),
+               row0, row1);
+        good = false;
+      }
+    }
+  return good;
+}
+
+// ------------------------------------------------------------------------------------------------ all the rest
+template <class T, class Run>
+bool same(const char* what, size_t count, Run run) {
+  std::vector<T> expected(count, T{0x5a});
+  run(kernels_scalar, exact(expected));
+  bool good = true;
+  for (const Kernels* const* set = available_kernels(); *set; ++set) {
+    std::vector<T> found(count, T{0x5a});
+    run(**set, exact(found));
+    if (found != expected) printf("DIFFERENT: %s %s, %zu values\n", (*set)->name, what, count), good = false;
+  }
+  return good;
+}
+
+bool check_elementwise(Random& r) {
+  const size_t rows = r.between(1, 9), channels = r.between(1, 70), count = rows * channels;
+  std::vector<int32_t> x(count), other(count);
+  for (int32_t& v : x) v = some_int32(r);
+  for (int32_t& v : other) v = some_int32(r);
+  const bool per_channel = r.chance(50);
+  const std::vector<int32_t> m = numbers(r, per_channel ? channels : 1, true), b = numbers(r, per_channel ? channels : 1, false);
+  const int shift = some_shift(r);
+  exact(x), exact(other);
+  const bool is_signed = r.chance(50);
+  const int lo = is_signed ? -127 : 0, hi = r.pick({1, 4, 127});
+  bool good = same<uint8_t>("quantize", count, [&](const Kernels& k, uint8_t* y) {
+    k.quantize(x.data(), rows, channels, m.data(), per_channel, shift, lo, hi, is_signed, y);
+  });
+  std::vector<uint8_t> codes(count);
+  for (uint8_t& v : codes) v = static_cast<uint8_t>(r.next());
+  const Kind kind = static_cast<Kind>(r.between(0, 2));
+  const void* from = kind == Kind::i32 ? static_cast<const void*>(x.data()) : exact(codes);
+  good &= same<int32_t>("affine", count, [&](const Kernels& k, int32_t* y) {
+    k.affine(kind, from, rows, channels, m.data(), b.data(), per_channel, shift, y);
+  });
+  good &= same<int32_t>("add", count, [&](const Kernels& k, int32_t* y) { k.add(x.data(), other.data(), count, y); });
+  const int32_t factor = static_cast<int32_t>(r.between(-1000, 1000));
+  good &= same<int32_t>("mean", channels, [&](const Kernels& k, int32_t* y) {
+    k.mean(kind, from, rows, channels, channels, factor, y);
+  });
+  std::vector<int8_t> table(channels * 256);
+  for (int8_t& v : table) v = static_cast<int8_t>(r.next());
+  good &= same<int8_t>("lookup", count, [&](const Kernels& k, int8_t* y) {
+    k.lookup(exact(codes), rows, channels, exact(table), y);
+  });
+  const Epilogues e = some_epilogue(r, static_cast<int>(channels));
+  const Written expected = write(e, other, count, [&](const Epilogue& ep) { kernels_scalar.finish(x.data(), rows, channels, ep); });
+  for (const Kernels* const* set = available_kernels(); *set; ++set)
+    if (!(write(e, other, count, [&](const Epilogue& ep) { (*set)->finish(x.data(), rows, channels, ep); }) == expected))
+      printf("DIFFERENT: %s finish %zu x %zu\n", (*set)->name, rows, channels), good = false;
+  return good;
+}
+
+bool check_neurons(Random& r) {
+  const int steps = static_cast<int>(r.between(1, 6));
+  const size_t count = r.between(1, 70);
+  const bool repeat = r.chance(30);
+  std::vector<int32_t> x(repeat ? count : count * steps);
+  const bool tame = r.chance(60);
+  for (int32_t& v : x) v = tame ? static_cast<int32_t>(r.between(-3000, 5000)) : some_int32(r);
+  exact(x);
+  const size_t stride = repeat ? 0 : count;
+  Lif p{};
+  p.decay_m = tame ? static_cast<int32_t>(r.between(0, 256)) : some_m(r), p.decay_s = tame ? 8 : some_shift(r);
+  p.gain_m = tame ? static_cast<int32_t>(r.between(1, 256)) : some_m(r), p.gain_s = tame ? 8 : some_shift(r);
+  p.threshold = tame ? 1024 : some_int32(r), p.steps = steps, p.strict = r.chance(50);
+  p.reset = static_cast<Lif::Reset>(r.between(0, 2));
+  bool good = same<uint8_t>("lif", count * steps, [&](const Kernels& k, uint8_t* y) { k.lif(p, x.data(), count, stride, y, count); });
+  IeLif q{};
+  q.decay_m = p.decay_m, q.decay_s = p.decay_s, q.levels = r.pick({1, 4, 8, 255}), q.steps = steps;
+  q.fraction_bits = static_cast<int>(tame ? 10 : r.between(0, 30));
+  return good & same<uint8_t>("ielif", count * steps, [&](const Kernels& k, uint8_t* y) { k.ielif(q, x.data(), count, stride, y, count); });
+}
+
+template <class T>
+bool check_maxpool(Random& r, Kind kind) {
+  Pool p{};
+  p.kind = kind;
+  p.kernel_h = static_cast<int>(r.between(1, 4)), p.kernel_w = static_cast<int>(r.between(1, 4));
+  p.stride_h = static_cast<int>(r.between(1, 3)), p.stride_w = static_cast<int>(r.between(1, 3));
+  p.pad_h = static_cast<int>(r.between(0, p.kernel_h - 1)), p.pad_w = static_cast<int>(r.between(0, p.kernel_w - 1));
+  p.height = static_cast<int>(r.between(p.kernel_h, 9)), p.width = static_cast<int>(r.between(p.kernel_w, 9));
+  p.channels = static_cast<int>(r.between(1, 70));
+  p.out_height = (p.height + 2 * p.pad_h - p.kernel_h) / p.stride_h + 1;
+  p.out_width = (p.width + 2 * p.pad_w - p.kernel_w) / p.stride_w + 1;
+  std::vector<T> image(static_cast<size_t>(p.height) * p.width * p.channels);
+  for (T& v : image) v = static_cast<T>(some_int32(r));
+  exact(image);
+  return same<T>("maxpool", static_cast<size_t>(p.out_height) * p.out_width * p.channels,
+                 [&](const Kernels& k, T* y) { k.maxpool(p, image.data(), 0, p.out_height, y); });
+}
+
+bool check_attention(Random& r) {
+  Attention a{};
+  const int heads = static_cast<int>(r.between(1, 3));
+  a.head_channels = static_cast<int>(r.between(1, 40)), a.tokens = static_cast<int>(r.between(1, 40));
+  a.channels = heads * a.head_channels;
+  a.m = some_m(r), a.shift = some_shift(r);
+  const int most = r.pick({1, 4, 8, 15});  // 40 * 15 * 15 * 40 * 15 is far below 2^31
+  const size_t count = static_cast<size_t>(a.tokens) * a.channels;
+  std::vector<uint8_t> q(count), k(count), v(count);
+  const int density = r.pick({0, 5, 50, 100});
+  for (size_t i = 0; i < count; ++i) {
+    q[i] = static_cast<uint8_t>(r.chance(density) ? r.between(0, most) : 0);
+    k[i] = static_cast<uint8_t>(r.chance(density) ? r.between(0, most) : 0);
+    v[i] = static_cast<uint8_t>(r.chance(density) ? most : 0);
+  }
+  exact(q), exact(k), exact(v);
+  return same<int32_t>("attention", count, [&](const Kernels& set, int32_t* y) {
+    Block scratch(set.attention_scratch_bytes(a));
+    for (int h = 0; h < heads; ++h) {
+      const size_t at = static_cast<size_t>(h) * a.head_channels;
+      set.attention(a, q.data() + at, k.data() + at, v.data() + at, y + at, scratch.data());
+    }
+  });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2) return fprintf(stderr, "usage: %s SECONDS [SEED]\n", argv[0]), 2;
+  const double seconds = atof(argv[1]);
+  const uint64_t seed = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1;
+  printf("kernels:");
+  for (const Kernels* const* set = available_kernels(); *set; ++set) printf(" %s", (*set)->name);
+  printf("\n");
+  const auto began = std::chrono::steady_clock::now();
+  uint64_t round = 0;
+  int failed = 0;
+  do {
+    Random r(seed * 1000003 + round);
+    bool good = check_conv(r) && check_conv(r);
+    switch (round % 4) {
+      case 0: good &= check_elementwise(r); break;
+      case 1: good &= check_neurons(r); break;
+      case 2: good &= r.chance(50) ? check_maxpool<uint8_t>(r, Kind::u8) : r.chance(50) ? check_maxpool<int8_t>(r, Kind::s8)
+                                                                                        : check_maxpool<int32_t>(r, Kind::i32);
+        break;
+      default: good &= check_attention(r);
+    }
+    if (!good) {
+      printf("  in round %llu of seed %llu\n", static_cast<unsigned long long>(round), static_cast<unsigned long long>(seed));
+      if (++failed >= 10) break;
+    }
+    ++round;
+  } while (std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count() < seconds);
+  printf("%llu rounds, %d failed\n", static_cast<unsigned long long>(round), failed);
+  return failed ? 1 : 0;
+}
