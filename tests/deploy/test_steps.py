@@ -179,6 +179,19 @@ def test_a_network_that_looks_ahead_is_refused():
         Steps(ahead)
 
 
+def test_a_mean_of_a_mean_is_taken_once():
+    net = packed_net(32)
+    header = dict(net.header)
+    header |= {"program": [*header["program"], {"op": "mean", "in": ["logits"], "out": "end", "over": "time", "m": 1}],
+               "output": "end"}
+    twice = Net(parse(encode(header, net._artifact.tensors)))
+    images = random_images(header, 2)
+    steps = Steps(twice, batch=2)
+    for frame in images:
+        logits = steps.push(frame)
+    np.testing.assert_array_equal(logits, twice(images))
+
+
 @given(st.integers(2, 8), st.integers(0, 70), st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
 def test_state_survives_packing(bits: int, count: int, seed: int):

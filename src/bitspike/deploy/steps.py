@@ -145,7 +145,8 @@ class Steps:
         attributes: dict[str, Any] = dict(op.attributes)
         if op.output in self._stateful:
             return self._neuron(op, inputs[0][0], attributes)
-        if op.name == "mean" and attributes["over"] == "time" and op.inputs[0] in self._moving:
+        steps = self.net.program.values[op.inputs[0]].steps  # 1 after a mean over time: the mean of that is itself
+        if op.name == "mean" and attributes["over"] == "time" and op.inputs[0] in self._moving and steps > 1:
             total = self._sums.get(op.output, 0) + inputs[0].astype(np.int64)
             self._sums[op.output] = total
             n = self.t + 1
