@@ -37,7 +37,7 @@ T* at(uintptr_t address) {
 NB_MODULE(_train, m) {
   using namespace bitspike;
   using nogil = nb::call_guard<nb::gil_scoped_release>;
-  m.attr("version") = 2;  // what _train_kernels.py expects; an older build is not used
+  m.attr("version") = 3;  // what _train_kernels.py expects; an older build is not used
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("count_forward", [](uintptr_t x, uintptr_t y, uintptr_t mask, size_t count, bool bf16, float levels, float gain,
                             float scale, int threads) {
@@ -63,6 +63,18 @@ NB_MODULE(_train, m) {
   }, nogil());
   m.def("unpack_counts", [](uintptr_t codes, uintptr_t y, size_t count, bool bf16, float scale, int threads) {
     kernels().unpack_counts(at<uint8_t>(codes), at<void>(y), count, bf16, scale, threads);
+  }, nogil());
+  m.attr("lif_steps") = kLifSteps;
+  nb::class_<LifShape>(m, "LifShape")
+      .def(nb::init<int, size_t, float, float, float, int, bool, bool, int, float, int, bool>());
+  m.def("lif_forward", [](uintptr_t x, uintptr_t s, uintptr_t state, int first, int last, const LifShape& shape,
+                          uintptr_t bounds, bool bf16, int threads) {
+    return kernels().lif_forward(at<void>(x), at<void>(s), at<float>(state), first, last, shape, at<float>(bounds), bf16,
+                                 threads);
+  }, nogil());
+  m.def("lif_backward", [](uintptr_t x, uintptr_t gs, uintptr_t gx, const LifShape& shape, uintptr_t bounds, bool bf16,
+                           int threads) {
+    kernels().lif_backward(at<void>(x), at<void>(gs), at<void>(gx), shape, at<float>(bounds), bf16, threads);
   }, nogil());
   m.def("depthwise_weight", [](uintptr_t x, uintptr_t g, uintptr_t gw, int images, int height, int width, int channels,
                                int kernel, int pad, int out_height, int out_width, bool bf16, int threads) {

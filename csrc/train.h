@@ -14,6 +14,22 @@ struct DepthwiseShape {
   int images, height, width, channels, kernel, pad, out_height, out_width;
 };
 
+// A LIF neuron, see neurons.py: `steps` steps of `count` elements each, the steps one behind the other in memory.
+enum LifReset { kHard, kSoft, kNone };
+enum LifSurrogate { kSigmoid, kTriangle, kArcTan, kRectangle };
+constexpr int kLifSteps = 32;  // the most that lif_backward takes
+struct LifShape {
+  int steps;
+  size_t count;
+  float decay, gain, threshold;
+  int reset;
+  bool strict, detach;  // fire above the threshold only; no gradient through the reset
+  int surrogate;
+  float surrogate_parameter;
+  int high;   // codes of the stored potential: -high..high; with `bounds` only
+  bool tanh;  // the stored potential is tanh(v)
+};
+
 struct TrainKernels {
   const char* name;
 
@@ -40,6 +56,14 @@ struct TrainKernels {
   bool (*pack_counts)(const void* y, uint8_t* codes, size_t count, bool bf16, float scale, int threads);
   // And back, exactly.
   void (*unpack_counts)(const uint8_t* codes, void* y, size_t count, bool bf16, float scale, int threads);
+
+  // Spikes s of steps first..last-1. state (or null): the potential after the reset, not yet quantized; read where first > 0,
+  // written, and its largest size returned. bounds (or null): after step t the potential is quantized with bounds[t].
+  float (*lif_forward)(const void* x, void* s, float* state, int first, int last, const LifShape& shape,
+                       const float* bounds, bool bf16, int threads);
+  // gx of all steps from x and gs, with the bounds of the forward pass.
+  void (*lif_backward)(const void* x, const void* gs, void* gx, const LifShape& shape, const float* bounds, bool bf16,
+                       int threads);
 
   // gw[c, ky, kx] = sum over images and pixels of g * x: float32 whatever x and g are.
   void (*depthwise_weight)(const void* x, const void* g, float* gw, const DepthwiseShape& shape, bool bf16, int threads);

@@ -40,6 +40,14 @@ struct BF16 {
   static float round(float x) { return load(store(x)); }
 };
 
+}  // namespace
+}  // namespace bitspike
+
+#include "train_lif.h"  // needs F32 and BF16
+
+namespace bitspike {
+namespace {
+
 // Eight bytes of 0/1 -> one byte, first element in the lowest bit.
 inline uint8_t pack8(const uint8_t* bytes) {
   uint64_t v;
@@ -237,4 +245,5 @@ void unpack_counts(const uint8_t* codes, void* y, size_t count, bool bf16, float
 }  // namespace bitspike
 
 #define BITSPIKE_TRAIN_KERNELS(label) \
-  { label, count_forward, count_backward, lsq_forward, lsq_backward, pack_counts, unpack_counts, depthwise_weight }
+  { label, count_forward, count_backward, lsq_forward, lsq_backward, pack_counts, unpack_counts, \
+    lif_forward, lif_backward, depthwise_weight }

@@ -6,6 +6,7 @@ extension - and the caller then computes the same values with torch.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ except ImportError:  # a source tree without a compiler trains too, only slower
     _native = None
 
 # in a source tree the compiled module may be older than these lines: then it is as if there were none
-_native_: Any = _native if getattr(_native, "version", None) == 2 else None
+_native_: Any = _native if getattr(_native, "version", None) == 3 else None
 
 
 def isa() -> str | None:
@@ -126,6 +127,54 @@ def unpack_counts(codes: Tensor, shape: torch.Size, strides: tuple[int, ...], dt
     _native_.unpack_counts(codes.data_ptr(), y.data_ptr(), y.numel(), dtype == torch.bfloat16, scale,
                            torch.get_num_threads())
     return y
+
+
+_RESETS = ("hard", "soft", "none")
+
+
+def lif_shape(x: Tensor, *, decay: float, gain: float, threshold: float, reset: str, strict: bool, detach: bool, surrogate: int,
+              parameter: float, high: int = 0, tanh: bool = False) -> Any:
+    """What the LIF kernels take for x [T, ...]; None where they do not apply.
+
+    surrogate: 0 sigmoid, 1 triangle, 2 arctan, 3 rectangle.
+    """
+    T = x.shape[0]
+    if not usable(x) or not x.numel() or not T <= _native_.lif_steps or (T > 1 and x.stride(0) != x.numel() // T):
+        return None
+    if reset not in _RESETS:
+        return None
+    return _native_.LifShape(T, x.numel() // T, decay, gain, threshold, _RESETS.index(reset), strict, detach, surrogate,
+                             parameter, high, tanh)
+
+
+def lif_forward(x: Tensor, shape: Any, next_bound: Callable[[Tensor], Tensor] | None,
+                bounds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(spikes, bounds) of a LIF neuron.
+
+    next_bound: from the largest potential of a step (a scalar of x's dtype) to that step's bound, asked after each step but
+    the last; or `bounds`, float32 [T], known before; or neither.
+    """
+    s = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    T, bf16, threads = x.shape[0], x.dtype == torch.bfloat16, torch.get_num_threads()
+    if next_bound is None:
+        _native_.lif_forward(x.data_ptr(), s.data_ptr(), 0, 0, T, shape, 0 if bounds is None else bounds.data_ptr(), bf16,
+                             threads)
+        return s, bounds
+    bounds, state = torch.zeros(T), torch.empty(x.numel() // T)
+    for t in range(T):
+        peak = _native_.lif_forward(x.data_ptr(), s.data_ptr(), state.data_ptr(), t, t + 1, shape, bounds.data_ptr(), bf16, threads)
+        if t < T - 1:
+            bounds[t] = next_bound(torch.tensor(peak, dtype=x.dtype))
+    return s, bounds
+
+
+def lif_backward(x: Tensor, grad: Tensor, shape: Any, bounds: Tensor | None) -> Tensor:
+    """Gradient of x from that of the spikes."""
+    grad = _like(grad.to(x.dtype), x.stride())
+    out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    _native_.lif_backward(x.data_ptr(), grad.data_ptr(), out.data_ptr(), shape, 0 if bounds is None else bounds.data_ptr(),
+                          x.dtype == torch.bfloat16, torch.get_num_threads())
+    return out
 
 
 def depthwise_weight(x: Tensor, grad: Tensor, kernel: int, padding: int) -> Tensor | None:

@@ -153,6 +153,38 @@ def lif_step(v: Tensor, x: Tensor, *, decay: float, gain: float, threshold: floa
     return s, v
 
 
+_SURROGATES = (Sigmoid, Triangle, ArcTan, Rectangle)  # in the order of the kernels' numbers
+
+
+class _Sequence(torch.autograd.Function):
+    """A LIF neuron over all steps by the one-pass kernels; saves x and runs the recursion again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, neuron: LIF, shape: Any) -> Tensor:
+        membrane = neuron.membrane
+        bounds, next_bound = None, None
+        if membrane is not None and x.shape[0] > 1:
+            if membrane.moves:
+                next_bound = membrane.next_bound
+            else:
+                bounds = membrane.bound.to(x.dtype).float().expand(x.shape[0]).contiguous()
+        s, bounds = _train_kernels.lif_forward(x, shape, next_bound, bounds)
+        ctx.neuron, ctx.lif_shape = neuron, shape
+        ctx.save_for_backward(x, bounds)
+        return s
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, bounds = ctx.saved_tensors
+        if grads[0].requires_grad:  # a gradient of the gradient is wanted: stay where torch can follow
+            if bounds is not None:
+                raise NotImplementedError("LIF with a membrane quantizer: a gradient of its gradient is not built.")
+            with torch.enable_grad():
+                s = ctx.neuron.eagerly(x)
+            return torch.autograd.grad(s, x, grads[0], create_graph=True)[0], None, None
+        return _train_kernels.lif_backward(x, grads[0], ctx.lif_shape, bounds), None, None
+
+
 class LIF(nn.Module):
     """Leaky integrate-and-fire neuron over the whole sequence.
 
@@ -199,21 +231,44 @@ class LIF(nn.Module):
         """Output value of one spike: 1."""
         return 1.0
 
+    @property
+    def _gain(self) -> float:
+        return 1 - self.decay if self.scale_input else 1.0
+
     def step(self, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """One time step: (potential, input) -> (spikes, next potential). Start from `torch.zeros_like(x)`."""
-        gain = 1 - self.decay if self.scale_input else 1.0
-        s, v = lif_step(v, x, decay=self.decay, gain=gain, threshold=self.threshold, reset=self.reset,
-                        surrogate=self.surrogate, detach_reset=self.detach_reset, strict=self.strict)
+        s, v = self._fire(v, x)
         return s, v if self.membrane is None else self.membrane(v)
+
+    def _fire(self, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return lif_step(v, x, decay=self.decay, gain=self._gain, threshold=self.threshold, reset=self.reset,
+                        surrogate=self.surrogate, detach_reset=self.detach_reset, strict=self.strict)
 
     def forward(self, x_TBX: Tensor) -> Tensor:
         _check_time(self, x_TBX)
+        shape = self._kernel_shape(x_TBX)
+        return self.eagerly(x_TBX) if shape is None else _Sequence.apply(x_TBX, self, shape)  # type: ignore[no-any-return]
+
+    def eagerly(self, x_TBX: Tensor) -> Tensor:
+        """The same by plain torch, step by step: what the one-pass kernels are tested against."""
         v = torch.zeros_like(x_TBX[0])
         spikes = []
-        for x in x_TBX:
-            s, v = self.step(v, x)
+        for t, x in enumerate(x_TBX):
+            if t:  # what is kept for the next step; the last potential is kept for nobody
+                v = v if self.membrane is None else self.membrane(v)
+            s, v = self._fire(v, x)
             spikes.append(s)
         return torch.stack(spikes)
+
+    def _kernel_shape(self, x_TBX: Tensor) -> Any:
+        surrogate = self.surrogate
+        if type(surrogate) not in _SURROGATES or not isinstance(x_TBX, Tensor):
+            return None
+        stored = {} if self.membrane is None else {"high": self.membrane.high, "tanh": self.membrane.tanh}
+        return _train_kernels.lif_shape(
+            x_TBX, decay=self.decay, gain=self._gain, threshold=self.threshold, reset=self.reset, strict=self.strict,
+            detach=self.detach_reset, surrogate=_SURROGATES.index(type(surrogate)),
+            parameter=next(iter(vars(surrogate).values())), **stored)
 
     def extra_repr(self) -> str:
         return (f"decay={self.decay}, threshold={self.threshold}, reset={self.reset!r}, scale_input={self.scale_input}, "

@@ -392,15 +392,26 @@ class Membrane(nn.Module):
         self.bound: Tensor
         self.register_buffer("bound", torch.zeros(()))
 
+    @property
+    def moves(self) -> bool:
+        """Whether the next potential decides on the bound."""
+        return self.scale == "batch" or self.training or bool(self.bound == 0)
+
+    def next_bound(self, peak: Tensor) -> Tensor:
+        """a, from the largest |u| of a step; moves the running one as `forward` does. For the one-pass kernels."""
+        return self._limit(torch.tanh(peak) if self.tanh else peak, self.training)
+
     def _bound(self, z: Tensor, update: bool) -> Tensor:
         """a; `update` moves the running one."""
-        top = z.detach().abs().amax()
+        return self._limit(z.detach().abs().amax(), update)
+
+    def _limit(self, top: Tensor, update: bool) -> Tensor:
         if self.scale == "batch":
-            return top.clamp_min(_smallest(z.dtype))
+            return top.clamp_min(_smallest(top.dtype))
         if update or self.bound == 0:  # the first batch sets it, whatever the mode
             with torch.no_grad():
                 self.bound.copy_(top if self.bound == 0 else torch.lerp(self.bound, top.to(self.bound.dtype), self.momentum))
-        return self.bound.to(z.dtype).clamp_min(_smallest(z.dtype))
+        return self.bound.to(top.dtype).clamp_min(_smallest(top.dtype))
 
     def forward(self, u: Tensor) -> Tensor:
         z = torch.tanh(u) if self.tanh else u

@@ -47,7 +47,8 @@ class Recipe:
     a training recording before that, such as "roll=5,rotate=15,drop=0.1" (see `bitspike.data.events.framing`).
     Steps: `batch_size` is that of one optimizer step, over all processes and `accumulate` parts.
     objective: `objective(model, recipe, loss) -> loss` lets a paper replace the loss; it is called once, with the model on
-    its device, so it may load a `teacher`, hook layers, and weigh its term by `distill`.
+    its device, so it may load a `teacher`, hook layers, and weigh its term by `distill`. teacher_labels: whether a teacher
+    says the class or the probabilities (at that `temperature`); papers that compare features do not read it.
     start: RUN folder whose trained weights this one begins with (of the same network; steps of quantizers begin anew), as
     quantization-aware training from float weights does. distill_logits: weight of the divergence from the logits of the
     `teacher`, also a RUN folder.
@@ -118,6 +119,8 @@ class Recipe:
     distill: float = 0.0
     distill_logits: float = 0.0
     teacher: str = ""
+    teacher_labels: Literal["hard", "soft"] = "hard"
+    temperature: float = 1.0
     objective: Callable[[nn.Module, Recipe, Loss], Loss] | None = None
     # the rest
     seed: int = 0
@@ -259,7 +262,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("batch_size accumulate image_size validate_every", "an integer of at least 1", lambda v: v >= 1),
     ("bits", "1..8, or 32 for float weights", lambda v: v in (*range(1, 9), 32)),
     ("workers translate cutout frames", "an integer of at least 0", lambda v: v >= 0),
-    ("epochs lr", "a finite number above 0", lambda v: 0 < v < math.inf),
+    ("epochs lr temperature", "a finite number above 0", lambda v: 0 < v < math.inf),
     ("weight_decay plain_lr scale_lr warmup_epochs warmup_lr min_lr grad_clip mixup cutmix mixup_off_epoch spike_penalty "
      "distill", "a finite number of at least 0", lambda v: 0 <= v < math.inf),
     ("ema momentum label_smoothing", "0 (off) up to, not including, 1", lambda v: 0 <= v < 1),
@@ -268,7 +271,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("mean", "finite numbers, one a channel", lambda v: len(v) > 0 and all(map(math.isfinite, v))),
     ("std", "finite numbers above 0", lambda v: len(v) > 0 and all(0 < s < math.inf for s in v)),
 )
-_LATER = ("start", "distill_logits")
+_LATER = ("start", "distill_logits", "teacher_labels", "temperature")
 _DESCRIPTIVE = ("name", "workers", "validate_every", "claim", "cost", "notes")
 
 

@@ -137,6 +137,21 @@ class ReversibleBlock(nn.Module):
         return (x2_TBCHW - self.attn(x1)) * 2 - x1, x1
 
 
+class PlainBlock(ReversibleBlock):
+    """The same two parts with plain residual sums, which cannot be undone: x2 = x1 + attn(x1), x3 = x2 + mlp(x2).
+
+    The release's `SpikingTransformer`, its baseline. x0 is not looked at; (x2, x3) feed the two heads as usual.
+    """
+
+    def forward(self, x0_TBCHW: Tensor, x1_TBCHW: Tensor) -> tuple[Tensor, Tensor]:
+        x2 = x1_TBCHW + self.attn(x1_TBCHW)
+        return x2, x2 + self.mlp(x2)
+
+    def inverse(self, x2_TBCHW: Tensor, x3_TBCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """There is none. Errors: TypeError."""
+        raise TypeError("PlainBlock has no inverse: its input cannot be told from its output. Use ReversibleBlock.")
+
+
 # -------------------------------------------------------------------------------------------------- model
 class BESTformer(nn.Module):
     """BESTformer; the defaults are 4-384 for CIFAR-10.
@@ -151,6 +166,7 @@ class BESTformer(nn.Module):
         neuron, map_neuron, attention_neuron: functions that return a new neuron: everywhere, on the map, after attention.
         attention_scale: fixed factor beside the learned strength.
         pooling: which of the tokenizer's four steps halve the resolution: "0011" for CIFAR, "1111" for ImageNet.
+        reversible: blocks with an inverse, or with plain residual sums (the baseline).
     Shapes: images [B, C, H, W] or sequences [T, B, C, H, W] -> in training a pair of logits [B, num_classes], of the labels'
     head and of the teacher's; in evaluation their mean [B, num_classes]. `forward_heads` always gives the pair.
     Errors: ValueError for sizes that cannot be meant.
@@ -165,7 +181,7 @@ class BESTformer(nn.Module):
     def __init__(self, channels: int = 384, depth: int = 4, heads: int = 8, mlp_ratio: int = 4, num_classes: int = 10,
                  in_channels: int = 3, time_steps: int = 4, product: str = "qk", neuron: NeuronFactory = lif,
                  map_neuron: NeuronFactory = lif_map, attention_neuron: NeuronFactory = lif_attention,
-                 attention_scale: float = 0.125, pooling: str = "0011") -> None:
+                 attention_scale: float = 0.125, pooling: str = "0011", reversible: bool = True) -> None:
         super().__init__()
         if product not in PRODUCTS:
             raise ValueError(f"BESTformer: product={product!r}; allowed: 'qk' (CIFAR), 'kv' (ImageNet).")
@@ -173,10 +189,11 @@ class BESTformer(nn.Module):
             raise ValueError(f"BESTformer: time_steps={time_steps}, depth={depth}; both must be at least 1.")
         self.time_steps, self.num_classes = time_steps, num_classes
         self.tokenizer = MembraneTokenizer(in_channels, channels, pooling, neuron)
+        block = ReversibleBlock if reversible else PlainBlock
         self.blocks = nn.ModuleList([
-            ReversibleBlock(Attention(channels, heads, product, time_steps, neuron, map_neuron, attention_neuron,
-                                      attention_scale),
-                            Mlp(channels, mlp_ratio, neuron, membrane=True, bias=False)) for _ in range(depth)])
+            block(Attention(channels, heads, product, time_steps, neuron, map_neuron, attention_neuron,
+                            attention_scale),
+                  Mlp(channels, mlp_ratio, neuron, membrane=True, bias=False)) for _ in range(depth)])
         self.head, self.head2 = nn.Linear(channels, num_classes), nn.Linear(channels, num_classes)
         for head in (self.head, self.head2):
             nn.init.trunc_normal_(head.weight, std=0.02)
@@ -204,6 +221,23 @@ def cifar_4_384(num_classes: int = 10, time_steps: int = 4) -> BESTformer:
 def imagenet_8_512(num_classes: int = 1000, time_steps: int = 4) -> BESTformer:
     """30.18 M parameters; 29.07 M binary weights."""
     return BESTformer(512, 8, num_classes=num_classes, time_steps=time_steps, product="kv", pooling="1111")
+
+
+def dvs_2_256(num_classes: int = 10, time_steps: int = 16, heads: int = 16) -> BESTformer:
+    """2.6 M parameters, for event frames of 128x128 with two polarities. The size is Spikformer's for CIFAR10-DVS."""
+    return BESTformer(256, 2, heads, num_classes=num_classes, in_channels=2, time_steps=time_steps, pooling="1111")
+
+
+def lif_full() -> LIF:
+    """`lif` with its input not halved: fires at a potential of 1 in the first step, where the norms behind it start."""
+    return LIF(scale_input=False)
+
+
+def small(num_classes: int = 10, time_steps: int = 2, channels: int = 192, depth: int = 2, heads: int = 4,
+          pooling: str = "1010", reversible: bool = True) -> BESTformer:
+    """1.5 M weights, 100 M MACs a step at 32x32: what a CPU core trains in minutes."""
+    return BESTformer(channels, depth, heads, num_classes=num_classes, time_steps=time_steps, neuron=lif_full,
+                      pooling=pooling, reversible=reversible)
 
 
 # -------------------------------------------------------------------------------------- published weights
