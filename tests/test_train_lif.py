@@ -64,7 +64,7 @@ def test_membrane(steps, bits, scale, tanh, dtype, train, seed):
     one, two = (LIF(0.5, scale_input=False, detach_reset=False, surrogate=Triangle(), strict=True,
                     membrane=Membrane(bits, scale, tanh)).train(train) for _ in range(2))
     same = total = 0
-    for batch in range(3):  # the running bound moves from batch to batch
+    for _ in range(3):  # the running bound moves from batch to batch
         x, grad = (torch.randn(steps, 4, 33) + 0.3).to(dtype), torch.randn(steps, 4, 33).to(dtype)
         (s, g), (eager_s, eager_g) = gradient(one, x, grad), gradient(two.eagerly, x, grad)
         # a potential within rounding of tanh next to a tie of the codes may take the other code

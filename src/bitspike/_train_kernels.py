@@ -139,10 +139,12 @@ def lif_shape(x: Tensor, *, decay: float, gain: float, threshold: float, reset: 
     surrogate: 0 sigmoid, 1 triangle, 2 arctan, 3 rectangle.
     """
     T = x.shape[0]
-    if not usable(x) or not x.numel() or not T <= _native_.lif_steps or (T > 1 and x.stride(0) != x.numel() // T):
+    if not usable(x) or x.numel() == 0 or _native_.lif_steps < T or (T > 1 and x.stride(0) != x.numel() // T):
         return None
     if reset not in _RESETS:
         return None
+    # eager torch subtracts a number in the dtype of the tensor, but multiplies by it in float32
+    threshold = torch.tensor(threshold, dtype=x.dtype).item()
     return _native_.LifShape(T, x.numel() // T, decay, gain, threshold, _RESETS.index(reset), strict, detach, surrogate,
                              parameter, high, tanh)
 
@@ -156,13 +158,14 @@ def lif_forward(x: Tensor, shape: Any, next_bound: Callable[[Tensor], Tensor] | 
     """
     s = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
     T, bf16, threads = x.shape[0], x.dtype == torch.bfloat16, torch.get_num_threads()
+    addresses = x.data_ptr(), s.data_ptr()
     if next_bound is None:
-        _native_.lif_forward(x.data_ptr(), s.data_ptr(), 0, 0, T, shape, 0 if bounds is None else bounds.data_ptr(), bf16,
-                             threads)
+        known = 0 if bounds is None else bounds.data_ptr()
+        _native_.lif_forward(*addresses, 0, 0, T, shape, known, bf16, threads)
         return s, bounds
     bounds, state = torch.zeros(T), torch.empty(x.numel() // T)
     for t in range(T):
-        peak = _native_.lif_forward(x.data_ptr(), s.data_ptr(), state.data_ptr(), t, t + 1, shape, bounds.data_ptr(), bf16, threads)
+        peak = _native_.lif_forward(*addresses, state.data_ptr(), t, t + 1, shape, bounds.data_ptr(), bf16, threads)
         if t < T - 1:
             bounds[t] = next_bound(torch.tensor(peak, dtype=x.dtype))
     return s, bounds

@@ -161,7 +161,7 @@ class _Sequence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, neuron: LIF, shape: Any) -> Tensor:
-        membrane = neuron.membrane
+        membrane: Any = neuron.membrane  # a quantizers.Membrane
         bounds, next_bound = None, None
         if membrane is not None and x.shape[0] > 1:
             if membrane.moves:
@@ -264,11 +264,12 @@ class LIF(nn.Module):
         surrogate = self.surrogate
         if type(surrogate) not in _SURROGATES or not isinstance(x_TBX, Tensor):
             return None
-        stored = {} if self.membrane is None else {"high": self.membrane.high, "tanh": self.membrane.tanh}
+        membrane: Any = self.membrane
+        high, tanh = (0, False) if membrane is None else (membrane.high, membrane.tanh)
         return _train_kernels.lif_shape(
             x_TBX, decay=self.decay, gain=self._gain, threshold=self.threshold, reset=self.reset, strict=self.strict,
             detach=self.detach_reset, surrogate=_SURROGATES.index(type(surrogate)),
-            parameter=next(iter(vars(surrogate).values())), **stored)
+            parameter=next(iter(vars(surrogate).values())), high=high, tanh=tanh)
 
     def extra_repr(self) -> str:
         return (f"decay={self.decay}, threshold={self.threshold}, reset={self.reset!r}, scale_input={self.scale_input}, "

@@ -76,12 +76,12 @@ def with_logits_of(teacher: nn.Module, recipe: Recipe, loss: Loss) -> Loss:
     share = recipe.distill_logits
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
 
-    def distilled(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    def distilled(images: Tensor, output: Output, targets: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(images.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            wanted = teacher(images)
-        wanted, mean = (x.mean(0) if x.dim() == 3 else x for x in (wanted, logits))
-        term = F.kl_div(F.log_softmax(mean.float(), 1), F.log_softmax(wanted.float(), 1), reduction="batchmean", log_target=True)
-        return share * term + ((1 - share) * loss(images, logits, targets) if share < 1 else 0.0)
+            wanted = prediction(teacher(images))
+        found, told = F.log_softmax(prediction(output).float(), 1), F.log_softmax(wanted.float(), 1)
+        term = F.kl_div(found, told, reduction="batchmean", log_target=True)
+        return share * term + ((1 - share) * loss(images, output, targets) if share < 1 else 0.0)
 
     return distilled
 

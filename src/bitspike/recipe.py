@@ -49,6 +49,7 @@ class Recipe:
     objective: `objective(model, recipe, loss) -> loss` lets a paper replace the loss; it is called once, with the model on
     its device, so it may load a `teacher`, hook layers, and weigh its term by `distill`. teacher_labels: whether a teacher
     says the class or the probabilities (at that `temperature`); papers that compare features do not read it.
+    regulation: weight of another term of the objective's own, such as Q-SNN's spike regulation.
     start: RUN folder whose trained weights this one begins with (of the same network; steps of quantizers begin anew), as
     quantization-aware training from float weights does. distill_logits: weight of the divergence from the logits of the
     `teacher`, also a RUN folder.
@@ -116,6 +117,7 @@ class Recipe:
     # loss
     label_smoothing: float = 0.0
     spike_penalty: float = 0.0
+    regulation: float = 0.0
     distill: float = 0.0
     distill_logits: float = 0.0
     teacher: str = ""
@@ -149,6 +151,8 @@ class Recipe:
         if self.event_augment and not self.frames:
             raise self._refuse("event_augment", self.event_augment, "nothing here: frames=0, so the data are pictures")
         self.event_frames()
+        if self.regulation and self.objective is None:
+            raise self._refuse("regulation", self.regulation, "nothing here: the recipe has no objective that would use it")
         for name in ("distill", "teacher"):
             if getattr(self, name) and self.objective is None and not self.distill_logits:
                 raise self._refuse(name, getattr(self, name), "nothing here: the recipe has no objective that would use it")
@@ -264,14 +268,14 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("workers translate cutout frames", "an integer of at least 0", lambda v: v >= 0),
     ("epochs lr temperature", "a finite number above 0", lambda v: 0 < v < math.inf),
     ("weight_decay plain_lr scale_lr warmup_epochs warmup_lr min_lr grad_clip mixup cutmix mixup_off_epoch spike_penalty "
-     "distill", "a finite number of at least 0", lambda v: 0 <= v < math.inf),
+     "regulation distill", "a finite number of at least 0", lambda v: 0 <= v < math.inf),
     ("ema momentum label_smoothing", "0 (off) up to, not including, 1", lambda v: 0 <= v < 1),
     ("random_erasing distill_logits", "0..1", lambda v: 0 <= v <= 1),
     ("betas", "two numbers, each 0 up to, not including, 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v)),
     ("mean", "finite numbers, one a channel", lambda v: len(v) > 0 and all(map(math.isfinite, v))),
     ("std", "finite numbers above 0", lambda v: len(v) > 0 and all(0 < s < math.inf for s in v)),
 )
-_LATER = ("start", "distill_logits", "teacher_labels", "temperature")
+_LATER = ("start", "distill_logits", "teacher_labels", "temperature", "regulation", "frames", "frames_by", "event_augment")
 _DESCRIPTIVE = ("name", "workers", "validate_every", "claim", "cost", "notes")
 
 
