@@ -17,7 +17,7 @@
 namespace bitspike {
 namespace {
 
-constexpr size_t kTileBytes = 192 << 10;   // what a tile reads and writes: a part of any second-level cache
+constexpr size_t kTileBytes = 512 << 10;   // what a tile reads and writes: half of a second-level cache
 constexpr size_t kGroupBytes = 512 << 10;  // arena of a group: images are taken together while they fit
 constexpr size_t kMostImages = 64;         // in a group
 constexpr size_t kHugePage = 2 << 20;

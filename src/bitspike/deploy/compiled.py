@@ -143,7 +143,7 @@ class Compiled:
 
     def _run_parts(
         self, images: NDArray[np.uint8], logits: NDArray[np.float32], threads: int, seconds: NDArray[np.float64],
-        elsewhere: dict[str, float],
+        elsewhere: dict[int | str, float],
     ) -> None:
         count = images.shape[1]
         arena = np.empty(self.layout.arena_bytes * count, np.uint8)
@@ -170,7 +170,7 @@ class Compiled:
         logits = np.empty((images.shape[1], self.layout.values[self.layout.output].channels), np.float32)
         best: dict[int | str, float] = {}
         for _ in range(repeats):
-            seconds, elsewhere = np.zeros(len(self._numbers)), dict[str, float]()
+            seconds, elsewhere = np.zeros(len(self._numbers)), dict[int | str, float]()
             if self.whole:
                 self.plan.run(images, logits, threads, seconds)
             else:
