@@ -184,6 +184,7 @@ class Builder {
       nb::dict d;
       d["stage"] = l.stage, d["variant"] = variant_name(l.variant), d["able"] = able;
       d["density"] = l.density < 0 ? nb::none() : nb::object(nb::float_(l.density));
+      d["load"] = l.load < 0 ? nb::none() : nb::object(nb::float_(l.load));
       list.append(d);
     }
     return list;

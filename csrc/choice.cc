@@ -14,15 +14,21 @@ struct Costs {
 
 constexpr Costs kCosts[] = {
     {"avx512",
-     {{0.0026f, 0, 0, 0.05f}, {0.0030f, 0, 0, 0.05f}, {0.0001f, 0.0075f, 0.02f, 0.05f}, {0.0020f, 0, 0, 0.05f},
-      {0.0200f, 0, 0, 0.05f}}},
+     {{0.00231f, 0, 0, 0.111f}, {0.00300f, 0, 0, 0.111f}, {0, 0.00458f, 0.053f, 0.267f}, {0.00063f, 0, 0, 0.208f},
+      {1, 0, 0, 0}}},
     {"avx2",
-     {{0.0090f, 0, 0, 0.1f}, {0.0100f, 0, 0, 0.1f}, {0.0002f, 0.0150f, 0.04f, 0.1f}, {0.0080f, 0, 0, 0.1f},
-      {0.0300f, 0, 0, 0.1f}}},
+     {{0.00967f, 0, 0, 0.353f}, {0.01200f, 0, 0, 0.353f}, {0, 0.00919f, 0.017f, 0.840f}, {0.00346f, 0, 0, 0.564f},
+      {1, 0, 0, 0}}},
     {"scalar", {{1, 0, 0, 0}, {2, 0, 0, 0}, {0.05f, 1, 1, 0}, {1.5f, 0, 0, 0}, {2, 0, 0, 0}}},
 };
 
-constexpr float kUnknown = 0.5f;  // density assumed before the first image
+constexpr float kUnknown = 1;  // load assumed before the first image
+
+int bits_of(int largest) {
+  int bits = 1;
+  while (largest >> bits) ++bits;
+  return bits;
+}
 
 const Cost& cost(const Kernels& k, Variant v) {
   for (const Costs& c : kCosts)
@@ -37,20 +43,21 @@ bool able(const Kernels& k, const Conv& c, Variant v) {
   return kernel.run && (!kernel.supported || kernel.supported(c));
 }
 
-double cost_ns(const Kernels& k, const Conv& c, Variant v, float density) {
+double cost_ns(const Kernels& k, const Conv& c, Variant v, float load) {
   const Cost& rate = cost(k, v);
   const double outputs = double(c.out_height) * c.out_width * c.outputs;
   const double taps = double(c.kernel_h) * c.kernel_w * c.group_channels();
   const double products = outputs * taps, read = double(c.out_height) * c.out_width * taps * c.groups;
-  return rate.product * products + rate.addition * products * (density < 0 ? kUnknown : density) + rate.scan * read +
+  const int planes = v == Variant::popcount ? bits_of(c.hi) : 1;
+  return rate.product * products * planes + rate.addition * products * (load < 0 ? kUnknown : load) + rate.scan * read +
          rate.output * outputs;
 }
 
-Variant cheapest(const Kernels& k, const Conv& c, float density) {
+Variant cheapest(const Kernels& k, const Conv& c, float load) {
   Variant best = Variant::dense;
   for (int i = 1; i < kVariants; ++i) {
     const Variant v = static_cast<Variant>(i);
-    if (able(k, c, v) && cost_ns(k, c, v, density) < cost_ns(k, c, best, density)) best = v;
+    if (able(k, c, v) && cost_ns(k, c, v, load) < cost_ns(k, c, best, load)) best = v;
   }
   return best;
 }

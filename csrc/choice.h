@@ -5,15 +5,16 @@
 namespace bitspike {
 
 // A variant's time in nanoseconds is
-//   product * products + addition * products * density + scan * positions read + output * outputs + call
-// with `products` the multiply-accumulates of one image, and `density` the share of its codes that are not 0.
+//   product * products + addition * products * load + scan * reads + output * outputs
+// with `products` the multiply-accumulates of one image (for popcount: times the bits of its codes), `load` the mean of
+// the input's codes, which is the share of additions that events have to do, and `reads` the codes of all windows.
 struct Cost {
   float product, addition, scan, output;
 };
 
 bool able(const Kernels&, const Conv&, Variant);
-// density < 0: not known.
-double cost_ns(const Kernels&, const Conv&, Variant, float density);
-Variant cheapest(const Kernels&, const Conv&, float density);
+// load < 0: not known.
+double cost_ns(const Kernels&, const Conv&, Variant, float load);
+Variant cheapest(const Kernels&, const Conv&, float load);
 
 }  // namespace bitspike

@@ -29,6 +29,22 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// A deterministic sample of codes: short runs, spread evenly, no two of them at the same channels for long.
+void look(const char* codes, size_t count, Sample& s) {
+  constexpr size_t kRuns = 16, kRun = 64;
+  const uint8_t* from = reinterpret_cast<const uint8_t*>(codes);
+  const size_t run = std::min(kRun, count);
+  for (size_t i = 0; i < kRuns; ++i) {
+    const size_t start = (count - run) * i / (kRuns - 1);
+    uint32_t sum = 0;
+    for (size_t j = 0; j < run; ++j) sum += from[start + j];
+    s.sum += sum;
+    s.codes += run;
+  }
+}
+
+void blend(float& average, float found) { average = average < 0 ? found : (1 - kForget) * average + kForget * found; }
+
 }  // namespace
 
 Memory::~Memory() { std::free(data_); }
@@ -63,6 +79,8 @@ struct Plan::Layered {
   Conv conv;
   int stage, input;
   int forced = -1;
+  std::array<bool, kVariants> able{};
+  bool choice;  // more than one variant is able
   std::array<Memory, kVariants> packed;
   std::array<std::atomic<bool>, kVariants> ready{};
 };
@@ -107,6 +125,7 @@ Plan::~Plan() = default;
 int Plan::value(const Value& v) {
   values_.push_back(v);
   density_.push_back(-1);
+  counted_.push_back(-1);
   return static_cast<int>(values_.size()) - 1;
 }
 
@@ -156,6 +175,7 @@ Epilogue Plan::epilogue(const Finish& f, const Group& g, const Tile& tile, size_
 }
 
 void Plan::conv(int x, const Conv& given, const Finish& f) {
+  for (const Codes& c : f.codes) counted_[c.value] = stages() - 1;
   layers_.push_back(std::make_unique<Layered>());
   Layered& layer = *layers_.back();
   layer.conv = given;
@@ -166,6 +186,10 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
   c.height = values_[x].height, c.width = values_[x].width;
   c.out_height = stage.height, c.out_width = stage.width;
   describe_weights(c);
+  int count = 0;
+  for (int v = 0; v < kVariants; ++v) count += layer.able[v] = bitspike::able(kernels_, c, static_cast<Variant>(v));
+  layer.choice = count > 1;
+  load_.push_back(-1);
   const size_t index = layers_.size() - 1;
   const int steps = values_[x].steps;
   const bool flat = !stage.parts;
@@ -177,8 +201,12 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
     if (flat) c.height = c.out_height = 1, c.width = c.out_width = static_cast<int>(tile.count);
     const int row0 = flat ? 0 : tile.row0, row1 = flat ? 1 : tile.row1;
     void* scratch = s.kernel.get(k.scratch_bytes(c, row1 - row0));
+    const size_t unit = values_[x].position_bytes();  // codes are bytes
+    const size_t read = flat ? tile.count * unit : static_cast<size_t>(row1 - row0) * c.stride_h * c.width * unit;
+    const size_t skipped = flat ? 0 : static_cast<size_t>(row0) * c.stride_h * c.width * unit;
     for (int t = 0; t < steps; ++t) {
       const char* from = flat ? place(values_[x], g, tile, capacity, s, t) : image(values_[x], g, tile.image, t);
+      if (layer.choice) look(from + skipped, std::min(read, values_[x].positions() * unit - skipped), s.sample[index]);
       k.run(c, packed, from, row0, row1, epilogue(f, g, tile, capacity, s, t), scratch);
     }
   };
@@ -186,6 +214,7 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
 }
 
 void Plan::finish(int x, const Finish& f) {
+  for (const Codes& c : f.codes) counted_[c.value] = stages() - 1;
   int steps = values_[x].steps;
   if (f.residual >= 0) steps = std::max(steps, values_[f.residual].steps);
   const size_t channels = values_[x].channels;
@@ -404,7 +433,7 @@ std::vector<Variant> Plan::choose() {
   for (const std::unique_ptr<Layered>& layer : layers_) {
     const Conv& c = layer->conv;
     const Variant v = layer->forced >= 0 ? static_cast<Variant>(layer->forced)
-                                         : cheapest(kernels_, c, density_[layer->input]);
+                                         : cheapest(kernels_, c, load_[variants.size()]);
     const int i = static_cast<int>(v);
     if (!layer->ready[i]) {
       kernels_.conv[i].pack(c, layer->packed[i].get(std::max<size_t>(kernels_.conv[i].packed_bytes(c), 1)));
@@ -415,15 +444,20 @@ std::vector<Variant> Plan::choose() {
   return variants;
 }
 
-void Plan::learn(Workspace& w, size_t images) {
+// What the codes of stages [first, last) were like.
+void Plan::learn(const Workspace& w, size_t images, int first, int last) {
   std::lock_guard<std::mutex> lock(mutex_);
-  for (const std::unique_ptr<Layered>& layer : layers_) {
-    const Value& v = values_[layer->input];
+  for (size_t i = 0; i < values_.size(); ++i) {
+    if (counted_[i] < first || counted_[i] >= last) continue;
+    const Value& v = values_[i];
     size_t nonzero = 0;
-    for (Scratch& s : w.scratch) nonzero += s.nonzero[layer->input];
-    const float found = static_cast<float>(nonzero) / (static_cast<float>(images) * v.steps * v.positions() * v.channels);
-    float& density = density_[layer->input];
-    if (nonzero || density >= 0) density = density < 0 ? found : (1 - kForget) * density + kForget * found;
+    for (const Scratch& s : w.scratch) nonzero += s.nonzero[i];
+    blend(density_[i], float(nonzero) / (float(images) * v.steps * v.positions() * v.channels));
+  }
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    Sample all{};
+    for (const Scratch& s : w.scratch) all.codes += s.sample[i].codes, all.sum += s.sample[i].sum;
+    if (all.codes) blend(load_[i], float(all.sum) / all.codes);
   }
 }
 
@@ -439,7 +473,10 @@ void Plan::run(const uint8_t* pixels, size_t images, float* logits_to, int threa
   const size_t cached = std::clamp<size_t>(kGroupBytes / std::max<size_t>(arena_bytes_, 1), 1, kMostImages);
   const auto prepare = [&](Workspace& w, int scratches, size_t group) {
     w.scratch.resize(std::max<size_t>(w.scratch.size(), scratches));
-    for (Scratch& s : w.scratch) s.nonzero.assign(values_.size(), 0);
+    for (Scratch& s : w.scratch) {
+      s.nonzero.assign(values_.size(), 0);
+      s.sample.assign(layers_.size(), Sample{});
+    }
     w.arena.get(arena_bytes_ * group);
   };
   const int all = stages();
@@ -456,7 +493,7 @@ void Plan::run(const uint8_t* pixels, size_t images, float* logits_to, int threa
       const Group g{pixels, images, first, count, w->arena.get(0), &variants};
       run_group(g, 0, all, 1, *w, nullptr);
       logits(g, logits_to);
-      learn(*w, count);
+      learn(*w, count, 0, all);
       give(std::move(w));
     };
     parallel_for(groups, threads, [&](size_t i) { failure.guard([&] { one(i); }); });
@@ -471,7 +508,7 @@ void Plan::run(const uint8_t* pixels, size_t images, float* logits_to, int threa
     const Group g{pixels, images, first, count, w->arena.get(0), &variants};
     run_group(g, 0, all, threads, *w, seconds);
     logits(g, logits_to);
-    learn(*w, count);
+    learn(*w, count, 0, all);
   }
   give(std::move(w));
 }
@@ -480,8 +517,12 @@ void Plan::run_part(const uint8_t* pixels, size_t images, char* arena, int first
   const std::vector<Variant> variants = choose();
   std::unique_ptr<Workspace> w = take();
   w->scratch.resize(std::max<size_t>(w->scratch.size(), threads));
-  for (Scratch& s : w->scratch) s.nonzero.assign(values_.size(), 0);
+  for (Scratch& s : w->scratch) {
+    s.nonzero.assign(values_.size(), 0);
+    s.sample.assign(layers_.size(), Sample{});
+  }
   run_group(Group{pixels, images, 0, images, arena, &variants}, first, last, threads, *w, seconds);
+  learn(*w, images, first, last);
   give(std::move(w));
 }
 
@@ -499,9 +540,7 @@ std::vector<Plan::Layer> Plan::layers() {
   std::lock_guard<std::mutex> lock(mutex_);
   std::vector<Layer> layers;
   for (size_t i = 0; i < layers_.size(); ++i) {
-    Layer layer{layers_[i]->stage, variants[i], {}, density_[layers_[i]->input]};
-    for (int v = 0; v < kVariants; ++v) layer.able[v] = able(kernels_, layers_[i]->conv, static_cast<Variant>(v));
-    layers.push_back(layer);
+    layers.push_back({layers_[i]->stage, variants[i], layers_[i]->able, density_[layers_[i]->input], load_[i]});
   }
   return layers;
 }

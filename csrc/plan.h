@@ -55,9 +55,15 @@ struct Tile {
   size_t first, count;
 };
 
+// Some of the codes that a convolution read.
+struct Sample {
+  size_t codes, sum;
+};
+
 struct Scratch {  // of one thread
   Memory tile, kernel;
   std::vector<size_t> nonzero;  // by value
+  std::vector<Sample> sample;   // by convolution
 };
 
 struct Group {  // the images of one pass through the stages
@@ -121,7 +127,7 @@ class Plan {
     int stage;
     Variant variant;                  // the one the next call takes
     std::array<bool, kVariants> able;
-    float density;                    // of its input in the calls so far; negative: not known
+    float density, load;  // of its input in the calls so far: share that is not 0, mean code; negative: not known
   };
   std::vector<Layer> layers();
   void force(int layer, int variant);  // -1: choose by density again
@@ -143,19 +149,21 @@ class Plan {
   std::unique_ptr<Workspace> take();
   void give(std::unique_ptr<Workspace>);
   std::vector<Variant> choose();
-  void learn(Workspace&, size_t images);
+  void learn(const Workspace&, size_t images, int first, int last);
   void logits(const Group&, float* to) const;
 
   const Kernels& kernels_;
   std::vector<Value> values_;
   std::vector<std::unique_ptr<Stage>> stages_;
   std::vector<std::unique_ptr<Layered>> layers_;
+  std::vector<int> counted_;  // by value: the stage that counts its codes that are not 0; -1: none
   int output_ = -1;
   float scale_ = 1;
   size_t arena_bytes_ = 0;
   std::mutex mutex_;  // of everything below, and of packing
   std::vector<std::unique_ptr<Workspace>> idle_;
   std::vector<float> density_;  // by value; -1: not known
+  std::vector<float> load_;     // by convolution; -1: not known
 };
 
 }  // namespace bitspike

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from bitspike.deploy import Net, kernels, plan
-from bitspike.deploy.artifact import encode, parse
+from bitspike.deploy.artifact import encode, pack_codes, parse
+from bitspike.deploy.errors import KernelError
 from bitspike.deploy.program import Program
 
 from .random_programs import random_artifact, random_images
@@ -149,3 +151,93 @@ def test_a_hostile_number_of_values_is_placed_quickly():
     for i in range(10_000):
         space.take(64, i, 10**9)
     assert space.top == 640_000
+    space = plan._Space()
+    for i in range(10_000):  # alive for a while each: the arena does not grow without end
+        space.take(64, i, i + 500)
+    assert space.top < 2 * 501 * 64
+
+
+def spiking(share: float, batch: int = 3) -> tuple[Net, np.ndarray]:
+    """A network whose first convolution reads 0 and 1: rare or frequent events."""
+    rng = np.random.default_rng(1)
+    scheme = {"kind": "uniform", "bits": 4}
+    tensors = {"w": pack_codes(rng.integers(-8, 8, (128, 3, 3, 64)), scheme), "m": np.full(128, 99, np.int32),
+               "w2": pack_codes(rng.integers(-8, 8, (7, 1, 1, 128)), scheme), "m2": np.full(7, 99, np.int32),
+               "one": pack_codes(np.tile(np.eye(3, dtype=int), (22, 1))[:64, None, None], scheme),
+               "m0": np.full(64, 1 << 12, np.int32), "b0": np.zeros(64, np.int32)}
+    tensors |= {"b": np.zeros(128, np.int32), "b2": np.zeros(7, np.int32)}
+    conv = {"op": "conv", "scheme": scheme, "stride": [1, 1], "padding": [0, 0], "groups": 1, "s": 8}
+    program = [
+        {**conv, "in": ["pixels"], "out": "x", "weight": "one", "shape": [64, 3, 1, 1], "m": "m0", "b": "b0",
+         "range": [0, 255]},
+        {"op": "quantize", "in": ["x"], "out": "spikes", "m": 1, "s": 12, "lo": 0, "hi": 1, "dtype": "u8"},
+        {**conv, "in": ["spikes"], "out": "y", "weight": "w", "shape": [128, 64, 3, 3], "padding": [1, 1], "m": "m", "b": "b",
+         "range": [0, 1], "layer": "sparse"},
+        {"op": "quantize", "in": ["y"], "out": "n", "m": 1, "s": 6, "lo": 0, "hi": 4, "dtype": "u8"},
+        {**conv, "in": ["n"], "out": "z", "weight": "w2", "shape": [7, 128, 1, 1], "m": "m2", "b": "b2", "range": [0, 4]},
+        {"op": "mean", "in": ["z"], "out": "logits", "over": "space", "m": 1},
+    ]
+    header = {"name": "events", "input": {"height": 16, "width": 16, "channels": 3, "resize": None},
+              "classes": list("abcdefg"), "time_steps": 1, "fraction_bits": 8, "program": program, "output": "logits",
+              "provenance": {}}
+    images = np.where(rng.random((batch, 16, 16, 3)) < share, 255, 0).astype(np.uint8)
+    return Net(parse(encode(header, tensors))), images
+
+
+@compiled_sets
+def test_the_variant_follows_the_density():
+    kernels.use(kernels.available()[-1])
+    for share, expected in ((0.01, "events"), (0.9, "dense")):
+        net, images = spiking(share)
+        wanted = by_trace(net, images)
+        for _ in range(3):  # the first call does not know the density yet, the others do
+            np.testing.assert_array_equal(net(images, threads=2), wanted)
+        (row,) = [row for row in net.explain(images) if row.layer == "sparse"]
+        assert row.density == pytest.approx((images != 0).mean(), abs=0.02)
+        if "events" in row.able:
+            assert row.variant == expected
+
+
+@compiled_sets
+@pytest.mark.parametrize("seed", range(12))
+def test_every_variant_gives_the_same_numbers(seed: int):
+    """Forced on every layer that is able, one after the other."""
+    for name in kernels.available()[1:]:
+        kernels.use(name)
+        net = net_of(seed, length=20)
+        images = random_images(net.header, 2, seed)
+        wanted = by_trace(net, images)
+        net(images, threads=1)
+        inside = net._compiled[name].plan
+        for index, layer in enumerate(inside.layers()):
+            for variant in layer["able"]:
+                inside.force(index, variant)
+                np.testing.assert_array_equal(net(images, threads=2), wanted, err_msg=f"{name} {variant}")
+
+
+@compiled_sets
+def test_explain_times_every_stage():
+    kernels.use(kernels.available()[-1])
+    for seed in range(6):  # with and without ops that are left to numpy
+        net = net_of(seed, length=20)
+        rows = net.explain(random_images(net.header, 2), threads=2, repeats=2)
+        layout = plan.lay_out(net.program)
+        assert [row.ops for row in rows] == [tuple(op.name for op in stage.ops) for stage in layout.stages]
+        assert all(row.ms >= 0 for row in rows) and any(row.ms > 0 for row in rows)
+        assert sum(row.macs for row in rows) == sum(op.macs for stage in layout.stages for op in stage.ops)
+        assert all((row.variant is None) == ("conv" not in row.ops) for row in rows)
+    kernels.use("numpy")
+    try:
+        with pytest.raises(KernelError, match="op by op"):
+            net.explain(random_images(net.header, 1))
+    finally:
+        kernels.use(kernels.available()[-1])
+
+
+@compiled_sets
+def test_several_threads_share_one_net_and_its_plan():
+    net, images = spiking(0.3, batch=8)
+    wanted = by_trace(net, images)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda n: net(images, threads=1 + n % 3), range(24)):
+            np.testing.assert_array_equal(found, wanted)

@@ -9,16 +9,17 @@ Nothing here changes a number: `Net.trace` runs the same program op by op, and t
 """
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 
 import numpy as np
 
 from bitspike.deploy.program import Op, Program, Value
 
 ALIGN = 64  # bytes; every place in the arena begins at a multiple of it
-_GAPS = 256  # places looked at for a gap; a program that keeps more values alive wastes some memory, not time
+_GAPS = 256  # gaps looked at for a place; a program that leaves more of them wastes some memory, not time
 
 #: ops with a compiled step, and exactly the attributes it knows; an op with others is left to its definition
 _COMPILED: dict[str, frozenset[str]] = {
@@ -150,20 +151,34 @@ class _Space:
 
     def __init__(self) -> None:
         self.top = 0
-        self._taken: list[tuple[int, int, int]] = []  # (offset, end, last stage)
+        self._gaps: list[tuple[int, int]] = []  # (start, end) below the top, in order, never two that touch
+        self._ends: list[tuple[int, int, int]] = []  # a heap of (last stage, start, end)
 
     def take(self, size: int, stage: int, last: int) -> int:
-        self._taken = [place for place in self._taken if place[2] >= stage]
-        offset = 0
-        for start, end, _ in self._taken[:_GAPS]:
-            if start - offset >= size:
-                break
-            offset = max(offset, end)
-        else:
-            offset = max(offset, max((end for _, end, _ in self._taken[_GAPS:]), default=0))
-        insort(self._taken, (offset, offset + size, last))
-        self.top = max(self.top, offset + size)
+        while self._ends and self._ends[0][0] < stage:
+            _, start, end = heappop(self._ends)
+            self._free(start, end)
+        offset = self._find(size)
+        heappush(self._ends, (last, offset, offset + size))
         return offset
+
+    def _find(self, size: int) -> int:
+        for index, (start, end) in enumerate(self._gaps[:_GAPS]):
+            if end - start >= size:
+                self._gaps[index : index + 1] = [(start + size, end)] if end - start > size else []
+                return start
+        start = self._gaps.pop()[0] if self._gaps and self._gaps[-1][1] == self.top else self.top
+        self.top = start + size
+        return start
+
+    def _free(self, start: int, end: int) -> None:
+        index = bisect(self._gaps, (start, end))
+        if index < len(self._gaps) and self._gaps[index][0] == end:
+            end = self._gaps.pop(index)[1]
+        if index and self._gaps[index - 1][1] == start:
+            index -= 1
+            start = self._gaps.pop(index)[0]
+        self._gaps.insert(index, (start, end))
 
 
 def _round(n: int) -> int:
