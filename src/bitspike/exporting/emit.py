@@ -12,6 +12,7 @@ from bitspike.exporting.trace import ExportError
 
 Array = NDArray[Any]
 _LIMIT = 2**31
+_LARGEST_FACTOR = 2.0**30
 
 
 def fixed_point(values: Array) -> tuple[Array, int]:
@@ -26,7 +27,7 @@ def fixed_point(values: Array) -> tuple[Array, int]:
     top = float(np.max(np.abs(values), initial=0.0))
     if top == 0:
         return np.zeros(values.shape, np.int32), 0
-    if not math.isfinite(top) or top >= 2**30:
+    if not math.isfinite(top) or top >= _LARGEST_FACTOR:
         raise ExportError(f"a factor of {top:.3g} does not fit the fixed-point multipliers (at most 2^30).")
     shift = min(max(30 - math.frexp(top)[1], 0), 62)
     return np.rint(np.ldexp(values, shift)).astype(np.int32), shift
@@ -110,6 +111,10 @@ class Program:
         return out
 
     def _factors(self, a: Array, layer: str) -> tuple[Array, int]:
+        top = float(np.abs(a).max(initial=0))
+        if top >= _LARGEST_FACTOR:
+            self.overflow = f"{layer}: a factor of {top / self.one:.3g}"  # fewer fraction bits may still hold it
+            a = np.clip(np.nan_to_num(a), -_LARGEST_FACTOR / 2, _LARGEST_FACTOR / 2)
         try:
             return fixed_point(a)
         except ExportError as error:
