@@ -185,6 +185,15 @@ struct Avx2 {
 
   static I32 load_bytes(const int8_t* p) { return load_weights(reinterpret_cast<const int16_t*>(p)); }
   static I32 add8(I32 a, const int8_t* p) { return _mm256_add_epi8(a, load_bytes(p)); }
+  // A value the compiler must not know anything about.
+  static I32 opaque(I32 v) {
+#ifdef __GNUC__
+    __asm__ volatile("" : "+x"(v));
+#endif
+    return v;
+  }
+  static I32 add8(I32 a, I32 b) { return _mm256_add_epi8(a, b); }
+  static double spin_popcount(size_t rounds);
   // acc[j] += byte j of every lane, signed.
   static void flush8(I32* acc, I32 part) {
     acc[0] = _mm256_add_epi32(acc[0], _mm256_srai_epi32(_mm256_slli_epi32(part, 24), 24));
@@ -243,6 +252,10 @@ struct Avx2::Narrow : Avx2 {
     return _mm256_srai_epi16(_mm256_slli_epi16(packed, 16 - kBits - field * kBits), 16 - kBits);
   }
 };
+
+double Avx2::spin_popcount(size_t rounds) {
+  return spin_on<Avx2>(rounds, 32 * kLanes, [](I32 acc, I32 x) { return count_and(acc, x, opaque(acc)); });
+}
 
 }  // namespace
 

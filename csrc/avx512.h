@@ -151,6 +151,15 @@ struct Avx512 {
 
   static I32 load_bytes(const int8_t* p) { return _mm512_loadu_si512(p); }
   static I32 add8(I32 a, const int8_t* p) { return _mm512_add_epi8(a, _mm512_loadu_si512(p)); }
+  // A value the compiler must not know anything about.
+  static I32 opaque(I32 v) {
+#ifdef __GNUC__
+    __asm__ volatile("" : "+v"(v));
+#endif
+    return v;
+  }
+  static I32 add8(I32 a, I32 b) { return _mm512_add_epi8(a, b); }
+  static double spin_popcount(size_t rounds) { return cpu_has_avx512_popcount() ? spin_popcount_avx512(rounds) : 0; }
   // acc[j] += byte j of every lane, signed.
   static void flush8(I32* acc, I32 part) {
     for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], _mm512_set1_epi32(1 << 8 * j), part);

@@ -1,6 +1,7 @@
 // The AVX-512 kernel that needs vpopcntd: 512 bits of AND, count and add in three instructions.
 #include "avx512.h"
 #include "bits.h"
+#include "spin.h"
 
 namespace bitspike {
 namespace {
@@ -12,6 +13,12 @@ struct Avx512Bits : Avx512 {
 };
 
 }  // namespace
+
+double spin_popcount_avx512(size_t rounds) {
+  using I32 = Avx512::I32;
+  return spin_on<Avx512Bits>(rounds, 32 * Avx512::kLanes,
+                             [](I32 acc, I32 x) { return Avx512Bits::count_and(acc, x, Avx512::opaque(x)); });
+}
 
 bool popcount_supported_avx512(const Conv& c) { return popcount_supported(c) && cpu_has_avx512_popcount(); }
 size_t popcount_packed_bytes_avx512(const Conv& c) { return popcount_packed_bytes<Avx512Bits>(c); }

@@ -313,12 +313,14 @@ std::vector<std::string> available() {
 
 namespace bitspike {
 void bind_plan(nb::module_&);  // bind_plan.cc
+void bind_kernels(nb::module_&);  // bind_kernels.cc
 }
 
 NB_MODULE(_kernels, m) {
   using namespace bitspike;
   m.doc() = "Integer kernels; see csrc/kernels.h. Use bitspike.deploy.kernels, which adds the numpy definitions.";
   bind_plan(m);
+  bind_kernels(m);
   m.def("unpack", &unpack, "packed"_a.noconvert(), "bits"_a, "table"_a.noconvert(), "codes"_a.noconvert());
   m.def("bound", &bound, "weight"_a.noconvert(), "largest"_a.noconvert(), "groups"_a);
   m.def("available", &available, "Names of the kernel sets this CPU can run, best last.");

@@ -3,6 +3,7 @@
 #pragma once
 #include "events.h"
 #include "shifts.h"
+#include "spin.h"
 #include "tiles.h"
 
 namespace bitspike {
@@ -191,7 +192,8 @@ constexpr Kernels kernels(const char* name, ConvKernel popcount) {
           scalar_mean,
           lif<V>,
           ielif<V>,
-          scalar_lookup};
+          scalar_lookup,
+          spin<V>};
 }
 
 }  // namespace

@@ -111,6 +111,9 @@ struct IeLif {
   int decay_s, levels, fraction_bits, steps;
 };
 
+// The instructions that bound a variant: products (dense, narrow), AND and count (popcount), 8-bit additions (events).
+enum class Spin { dot, popcount, add };
+
 struct Kernels {
   const char* name;
 
@@ -137,6 +140,9 @@ struct Kernels {
   void (*ielif)(const IeLif&, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride);
   // table: [channels, 256]
   void (*lookup)(const uint8_t* x, size_t rows, size_t channels, const int8_t* table, int8_t* y);
+  // Runs bare instructions in registers for `rounds`; returns the multiply-accumulates they did (an addition counts as
+  // one). 0 where there is no such instruction. Null: not measured.
+  double (*spin)(Spin, size_t rounds);
 };
 
 extern const Kernels kernels_scalar;
@@ -160,6 +166,7 @@ void popcount_pack_avx512(const Conv&, void* packed);
 size_t popcount_scratch_bytes_avx512(const Conv&, int rows);
 void conv_popcount_avx512(const Conv&, const void* packed, const void* image, int row0, int row1, const Epilogue&,
                           void* scratch);
+double spin_popcount_avx512(size_t rounds);
 bool cpu_has_avx512_popcount();  // dispatch.cc
 #endif
 

@@ -265,6 +265,7 @@ constexpr Kernels kernels_scalar = {"scalar",
                                     scalar_mean,
                                     lif,
                                     ielif,
-                                    scalar_lookup};
+                                    scalar_lookup,
+                                    nullptr};
 
 }  // namespace bitspike

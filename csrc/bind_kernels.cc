@@ -1,0 +1,186 @@
+// Single kernels for Python: every variant of a convolution on one image with its epilogue, and the speed of the machine's
+// bare instructions. For tests and benchmarks; networks run through bind_plan.cc.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace bitspike {
+namespace {
+
+template <class T, size_t N>
+using In = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+template <class T, size_t N>
+using Out = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+using Pair = std::pair<int, int>;
+// m (one number or one per channel), s, lo, hi, codes [H, W, C]
+using Codes = std::tuple<In<int32_t, 1>, int, int, int, Out<uint8_t, 3>>;
+
+struct alignas(64) Line {
+  char bytes[64];
+};
+using Memory = std::vector<Line>;
+void allocate(Memory& m, size_t bytes) { m.resize(bytes / sizeof(Line) + 1); }
+
+void require(bool ok, const char* what) {
+  if (!ok) throw nb::value_error(what);
+}
+
+const Kernels& set_named(const std::string& isa) {
+  const Kernels* k = find_kernels(isa.c_str());
+  require(k, "no such set of kernels on this machine");
+  return *k;
+}
+
+// Pointers of an epilogue on `rows` x `channels` numbers; nonzero must outlive it.
+Epilogue make_epilogue(size_t size, size_t channels, const std::optional<In<int32_t, 3>>& residual,
+                       const std::optional<Out<int32_t, 3>>& out, const std::vector<Codes>& codes, size_t* nonzero) {
+  Epilogue e{};
+  require(codes.size() <= 2, "at most two quantizers");
+  if (residual) require(residual->size() == size, "the residual has the wrong size"), e.residual = residual->data();
+  if (out) require(out->size() == size, "the output has the wrong size"), e.out = out->data();
+  for (size_t k = 0; k < codes.size(); ++k) {
+    const auto& [m, shift, lo, hi, to] = codes[k];
+    require(m.size() == 1 || m.size() == channels, "m must have 1 number or one per channel");
+    require(to.size() == size, "the codes have the wrong size");
+    require(shift >= 0 && shift <= 62 && lo <= hi && lo >= -128 && hi <= 255 && (lo >= 0 || hi <= 127), "bad quantizer");
+    e.quantizer[k] = {m.data(), m.size() > 1, shift, lo, hi};
+    e.codes[k] = to.data();
+    e.nonzero[k] = nonzero + k;
+  }
+  return e;
+}
+
+class OneConv {
+ public:
+  OneConv(const std::string& isa, const std::string& variant, Pair size, In<int8_t, 4> weight, Pair stride, Pair pad,
+          int groups, In<int16_t, 1> pad_value, In<int32_t, 1> m, int shift, In<int32_t, 1> b, Pair range)
+      : pad_value_(pad_value.data(), pad_value.data() + pad_value.size()) {
+    require(weight.size() > 0 && groups > 0 && weight.shape(0) % groups == 0, "bad weights or groups");
+    require(stride.first > 0 && stride.second > 0 && pad.first >= 0 && pad.second >= 0, "bad stride or padding");
+    require(m.size() == weight.shape(0) && b.size() == m.size(), "m and b must have one number per output");
+    require(pad_value.size() == weight.shape(3) * groups, "pad_value must have one number per channel");
+    require(shift >= 0 && shift <= 62, "shifts must be 0..62");
+    const auto [lo, hi] = range;
+    require(lo <= hi && ((lo >= 0 && hi <= 255) || (lo >= -128 && hi <= 127)), "bad range of codes");
+    for (const int16_t p : pad_value_) require(p >= lo && p <= hi, "pad_value must lie in the range of the codes");
+    Conv& c = conv_;
+    c.height = size.first, c.width = size.second, c.channels = int(pad_value.size()), c.outputs = int(weight.shape(0));
+    c.kernel_h = int(weight.shape(1)), c.kernel_w = int(weight.shape(2));
+    c.stride_h = stride.first, c.stride_w = stride.second, c.pad_h = pad.first, c.pad_w = pad.second;
+    require(c.height > 0 && c.width > 0 && c.height + 2 * c.pad_h >= c.kernel_h && c.width + 2 * c.pad_w >= c.kernel_w,
+            "the kernel is larger than the padded image");
+    c.out_height = (c.height + 2 * c.pad_h - c.kernel_h) / c.stride_h + 1;
+    c.out_width = (c.width + 2 * c.pad_w - c.kernel_w) / c.stride_w + 1;
+    c.groups = groups, c.kind = lo < 0 ? Kind::s8 : Kind::u8, c.lo = lo, c.hi = hi, c.shift = shift;
+    c.weight = weight.data(), c.m = m.data(), c.b = b.data(), c.pad_value = pad_value_.data();
+    describe_weights(c);
+    const Kernels& k = set_named(isa);
+    kernel_ = nullptr;
+    for (int v = 0; v < kVariants; ++v)
+      if (variant == variant_name(static_cast<Variant>(v))) kernel_ = &k.conv[v];
+    require(kernel_, "no such variant");
+    supported_ = kernel_->supported(c);
+    if (supported_) allocate(packed_, packed_bytes_ = kernel_->packed_bytes(c)), kernel_->pack(c, packed_.data());
+    c.weight = nullptr, c.m = c.b = nullptr;
+  }
+
+  bool supported() const { return supported_; }
+  size_t packed_bytes() const { return packed_bytes_; }
+  Pair out_size() const { return {conv_.out_height, conv_.out_width}; }
+
+  // Output rows of one image; returns how many of each quantizer's codes are not 0.
+  std::vector<size_t> operator()(nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu> x, Pair rows,
+                                 std::optional<In<int32_t, 3>> residual, std::optional<Out<int32_t, 3>> out,
+                                 std::vector<Codes> codes) {
+    const Conv& c = conv_;
+    require(supported_, "this variant does not support the convolution");
+    require(x.dtype() == (c.kind == Kind::s8 ? nb::dtype<int8_t>() : nb::dtype<uint8_t>()), "wrong dtype of codes");
+    require(x.shape(0) == size_t(c.height) && x.shape(1) == size_t(c.width) && x.shape(2) == size_t(c.channels),
+            "wrong shape of codes");
+    const auto [row0, row1] = rows;
+    require(row0 >= 0 && row0 < row1 && row1 <= c.out_height, "bad rows");
+    size_t nonzero[2] = {};
+    const Epilogue e =
+        make_epilogue(size_t(row1 - row0) * c.out_width * c.outputs, c.outputs, residual, out, codes, nonzero);
+    allocate(scratch_, kernel_->scratch_bytes(c, row1 - row0));
+    {
+      nb::gil_scoped_release release;
+      kernel_->run(c, packed_.data(), x.data(), row0, row1, e, scratch_.data());
+    }
+    return {nonzero, nonzero + codes.size()};
+  }
+
+ private:
+  std::vector<int16_t> pad_value_;
+  Conv conv_{};
+  const ConvKernel* kernel_;
+  bool supported_;
+  size_t packed_bytes_ = 0;
+  Memory packed_, scratch_;
+};
+
+std::vector<size_t> finish(const std::string& isa, In<int32_t, 3> x, std::optional<In<int32_t, 3>> residual,
+                           std::optional<Out<int32_t, 3>> out, std::vector<Codes> codes) {
+  size_t nonzero[2] = {};
+  const Epilogue e = make_epilogue(x.size(), x.shape(2), residual, out, codes, nonzero);
+  set_named(isa).finish(x.data(), x.shape(0) * x.shape(1), x.shape(2), e);
+  return {nonzero, nonzero + codes.size()};
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+  nb::class_<OneConv>(m, "OneConv", "One variant of one convolution on one image; see csrc/kernels.h.")
+      .def(nb::init<const std::string&, const std::string&, Pair, In<int8_t, 4>, Pair, Pair, int, In<int16_t, 1>,
+                    In<int32_t, 1>, int, In<int32_t, 1>, Pair>(),
+           "isa"_a, "variant"_a, "size"_a, "weight"_a.noconvert(), "stride"_a, "padding"_a, "groups"_a,
+           "pad_value"_a.noconvert(), "m"_a.noconvert(), "s"_a, "b"_a.noconvert(), "range"_a)
+      .def_prop_ro("supported", &OneConv::supported)
+      .def_prop_ro("packed_bytes", &OneConv::packed_bytes)
+      .def_prop_ro("out_size", &OneConv::out_size)
+      .def("__call__", &OneConv::operator(), "x"_a.noconvert(), "rows"_a, "residual"_a.noconvert().none(),
+           "out"_a.noconvert().none(), "codes"_a);
+  m.def("finish", &finish, "isa"_a, "x"_a.noconvert(), "residual"_a.noconvert().none(), "out"_a.noconvert().none(),
+        "codes"_a);
+  m.def("variants", [] {
+    std::vector<std::string> names;
+    for (int v = 0; v < kVariants; ++v) names.push_back(variant_name(static_cast<Variant>(v)));
+    return names;
+  });
+  m.def(
+      "spin_macs",
+      [](const std::string& isa, const std::string& what, double seconds) {
+        const Kernels& k = set_named(isa);
+        require(k.spin, "this set has no such measurement");
+        const Spin kind = what == "popcount" ? Spin::popcount : what == "add" ? Spin::add : Spin::dot;
+        using Clock = std::chrono::steady_clock;
+        double best = 0;
+        for (const auto end = Clock::now() + std::chrono::duration<double>(seconds); Clock::now() < end;) {
+          const auto start = Clock::now();
+          const double macs = k.spin(kind, 20000);
+          const double rate = macs / std::chrono::duration<double>(Clock::now() - start).count();
+          if (rate > best) best = rate;
+        }
+        return best;
+      },
+      "isa"_a, "what"_a, "seconds"_a,
+      "Multiply-accumulates a second of bare instructions in registers: the machine's bound for 'dot', 'popcount', 'add'.");
+}
+
+}  // namespace bitspike

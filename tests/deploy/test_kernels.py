@@ -1,0 +1,199 @@
+"""Every variant of a convolution, on every instruction set, with any epilogue, equals the numpy definition."""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitspike.deploy import ops
+
+_kernels = pytest.importorskip("bitspike.deploy._kernels", reason="the compiled extension is not installed")
+
+SETS = _kernels.available()
+VARIANTS = _kernels.variants()
+MOST = 2**31 - 1
+sizes = st.sampled_from([1, 2, 3, 5, 8, 15, 16, 17, 33, 63, 64, 65, 130])
+#: name -> (smallest, largest code); what an input of counts, spikes, pixels or signed codes holds
+RANGES = {"spikes": (0, 1), "counts": (0, 4), "many": (0, 15), "pixels": (0, 255), "signed": (-127, 127)}
+#: name -> weights drawn from
+WEIGHTS = {
+    "bipolar": [-1, 1], "ternary": [-1, 0, 1], "two bits": [-2, -1, 0, 1], "four bits": list(range(-8, 8)),
+    "lowest": [-8], "powers": [0, *(s << e for e in range(7) for s in (1, -1))], "bytes": list(range(-128, 128)),
+    "extreme": [-128, 127],
+}
+
+
+def draw(rng: np.random.Generator, shape: tuple[int, ...], density: float | None, lo: int, hi: int) -> np.ndarray:
+    """Codes lo..hi of that share of nonzeros; None: a single one."""
+    codes = rng.integers(lo, hi + 1, shape)
+    codes[codes == 0] = hi
+    keep = rng.random(shape) < (density or 0)
+    if density is None:
+        keep.flat[rng.integers(keep.size)] = True
+    return np.where(keep, codes, 0).astype(np.int8 if lo < 0 else np.uint8)
+
+
+def quantizer(rng: np.random.Generator, channels: int, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    count = channels if rng.random() < 0.4 else 1
+    m = (rng.integers(-MOST, MOST, count) >> rng.integers(0, 31)).astype(np.int32)
+    if rng.random() < 0.4:
+        m = np.full(count, rng.choice([1, 2, 3, 4, 7, 255]), np.int32)
+    lo, hi = [(0, 1), (0, 4), (0, 255), (-127, 127), (-3, 2)][rng.integers(5)]
+    return m, int(rng.choice([0, 1, 16, 22, 31, 32, 40, 62, rng.integers(63)])), lo, hi, np.full(shape, 99, np.uint8)
+
+
+def epilogue(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[Any, Any, list[tuple[Any, ...]]]:
+    """A residual, an output and quantizers, each of them or none."""
+    residual = (rng.integers(-MOST - 1, MOST, shape) >> rng.integers(0, 20)).astype(np.int32)
+    out = np.full(shape, 12345, np.int32)
+    codes = [quantizer(rng, shape[2], shape) for _ in range(rng.integers(3))]
+    return residual if rng.random() < 0.5 else None, out if rng.random() < 0.7 else None, codes
+
+
+def expect(x: np.ndarray, residual: Any, out: Any, codes: list[tuple[Any, ...]]) -> tuple[Any, list[np.ndarray]]:
+    """What the numpy definitions make of potentials [H, W, C]: the output, if one is wanted, and each quantizer's codes."""
+    y = x if residual is None else ops.add(x[None, None], residual[None, None])[0, 0]
+    made = []
+    for m, s, lo, hi, _ in codes:
+        made.append(ops.quantize(y[None, None], m if len(m) > 1 else int(m[0]), s, lo, hi, "s8" if lo < 0 else "u8")[0, 0])
+    return y if out is not None else None, made
+
+
+def check(run: Any, x: np.ndarray, residual: Any, out: Any, codes: list[tuple[Any, ...]], what: str) -> None:
+    """run(residual, out, codes) -> counts of nonzeros must do what numpy does with potentials x; also in place."""
+    expected, made = expect(x, residual, out, codes)
+    for in_place in (False, True) if residual is not None and out is not None else (False,):
+        to = None if out is None else residual.copy() if in_place else out.copy()
+        fresh = [(*q[:4], q[4].copy()) for q in codes]
+        nonzero = run(to if in_place else residual, to, fresh)
+        if expected is not None:
+            np.testing.assert_array_equal(to, expected, err_msg=what)
+        for q, want in zip(fresh, made, strict=True):
+            np.testing.assert_array_equal(q[4].view(want.dtype), want, err_msg=what)
+        assert nonzero == [int(np.count_nonzero(want)) for want in made], what
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(sorted(RANGES)), weights=st.sampled_from(sorted(WEIGHTS)),
+    channels=sizes, outputs=sizes, groups=st.sampled_from([1, 1, 1, 2, 0]), height=st.integers(1, 8),
+    width=st.integers(1, 11), kernel=st.sampled_from([(1, 1), (3, 3), (1, 4), (2, 3), (7, 7)]),
+    stride=st.sampled_from([(1, 1), (2, 2), (1, 3)]), padded=st.booleans(), pad_codes=st.booleans(),
+    density=st.sampled_from([0.0, 1.0, 0.15, 0.5, None]), shift=st.sampled_from([0, 1, 12, 20, 32, 40, 62]),
+)
+def test_every_variant_is_the_definition(
+    seed, kind, weights, channels, outputs, groups, height, width, kernel, stride, padded, pad_codes, density, shift
+):
+    rng = np.random.default_rng(seed)
+    if groups == 0:  # depthwise
+        groups = outputs = channels
+    elif groups > 1:
+        channels, outputs = 2 * channels, 2 * outputs
+    padding = (kernel[0] // 2, kernel[1] // 2) if padded else (0, 0)
+    height, width = max(height, kernel[0]), max(width, kernel[1])
+    lo, hi = RANGES[kind]
+    x = draw(rng, (height, width, channels), density, lo, hi)
+    w = rng.choice(WEIGHTS[weights], (outputs, *kernel, channels // groups)).astype(np.int8)
+    pad = rng.integers(lo, hi + 1, channels).astype(np.int16) if pad_codes else np.zeros(channels, np.int16)
+    m = (rng.integers(-MOST, MOST, outputs) >> rng.integers(0, 31)).astype(np.int32)
+    b = (rng.integers(-MOST - 1, MOST, outputs) >> rng.integers(0, 31)).astype(np.int32)
+    potentials = ops.conv(x[None, None], w, stride, padding, groups, pad, m, shift, b)[0, 0]
+    row0 = int(rng.integers(len(potentials)))
+    rows = (row0, int(rng.integers(row0 + 1, len(potentials) + 1))) if rng.random() < 0.5 else (0, len(potentials))
+    part = potentials[rows[0] : rows[1]]
+    residual, out, codes = epilogue(rng, part.shape)
+    for isa in SETS:
+        for variant in VARIANTS:
+            conv = _kernels.OneConv(isa, variant, (height, width), w, stride, padding, groups, pad, m, shift, b, (lo, hi))
+            if conv.supported:
+                check(lambda r, o, c, f=conv: f(x, rows, r, o, c), part, residual, out, codes, f"{isa} {variant}")
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 5), columns=st.integers(1, 9), channels=sizes)
+def test_the_epilogue_alone_is_the_definition(seed, rows, columns, channels):
+    rng = np.random.default_rng(seed)
+    x = (rng.integers(-MOST - 1, MOST, (rows, columns, channels)) >> rng.integers(0, 31)).astype(np.int32)
+    residual, out, codes = epilogue(rng, x.shape)
+    for isa in SETS:
+        check(lambda r, o, c, isa=isa: _kernels.finish(isa, x, r, o, c), x, residual, out, codes, isa)
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("weight", [-8, 7, -128, 127, -1])
+@pytest.mark.parametrize("count", [1, 4, 15])
+def test_partial_sums_of_events_cannot_overflow(isa, weight, count):
+    """The worst case of the bound in csrc/events.h: every code and every weight as large as it can be, of one sign."""
+    channels = 300
+    x = np.full((3, 3, channels), count, np.uint8)
+    w = np.full((70, 3, 3, channels), weight, np.int8)
+    one, zero = np.ones(70, np.int32), np.zeros(70, np.int32)
+    conv = _kernels.OneConv(
+        isa, "events", (3, 3), w, (1, 1), (0, 0), 1, np.zeros(channels, np.int16), one, 0, zero, (0, count)
+    )
+    out = np.empty((1, 1, 70), np.int32)
+    conv(x, (0, 1), None, out, [])
+    assert (out == 9 * channels * count * weight).all()
+
+
+def supported(weights: list[int], kind: str, isa: str, groups: int = 1) -> set[str]:
+    w = np.resize(np.array(weights, np.int8), (16, 3, 3, 16 // groups))
+    numbers = np.ones(16, np.int32)
+    return {
+        v for v in VARIANTS
+        if _kernels.OneConv(
+            isa, v, (5, 5), w, (1, 1), (1, 1), groups, np.zeros(16, np.int16), numbers, 0, numbers, RANGES[kind]
+        ).supported
+    }
+
+
+@pytest.mark.parametrize("isa", ["scalar", *(s for s in SETS if s in ("avx2", "avx512"))])
+def test_what_each_variant_supports(isa):
+    def among(names: set[str]) -> set[str]:  # a CPU may lack the bit counts of 512 bits
+        return names - {"popcount"} if isa == "avx512" else names
+
+    assert among(supported([-1, 1], "counts", isa)) == among({"dense", "narrow", "events", "popcount", "shift"})
+    assert supported([-8, 7], "counts", isa) == {"dense", "narrow", "events"}
+    assert supported([-8, 4, 0], "signed", isa) == {"dense", "narrow", "shift"}
+    assert supported([-64, 64], "counts", isa) == {"dense", "events", "shift"}
+    assert supported([-1, 1], "counts", isa, groups=16) == {"dense"}
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_narrow_weights_take_less_memory(isa):
+    def size(variant: str, weights: list[int]) -> int:
+        w = np.resize(np.array(weights, np.int8), (64, 3, 3, 64))
+        m = np.ones(64, np.int32)
+        return _kernels.OneConv(isa, variant, (5, 5), w, (1, 1), (1, 1), 1, np.zeros(64, np.int16), m, 0, m, (0, 4)).packed_bytes
+
+    if isa == "scalar":
+        return  # the definition keeps bytes
+    assert size("narrow", [-8, 7]) < 0.55 * size("dense", [-8, 7])
+    assert size("narrow", [-2, 1]) < 0.3 * size("dense", [-2, 1])
+
+
+def test_a_wrong_call_is_refused():
+    w, m = np.ones((4, 3, 3, 4), np.int8), np.ones(4, np.int32)
+    pad = np.zeros(4, np.int16)
+
+    def conv(variant: str = "dense", isa: str = "scalar", size: tuple[int, int] = (5, 5), codes: tuple[int, int] = (0, 4)):
+        return _kernels.OneConv(isa, variant, size, w, (1, 1), (1, 1), 1, pad, m, 0, m, codes)
+
+    for bad in ({"variant": "magic"}, {"isa": "abacus"}, {"size": (0, 5)}, {"codes": (5, 4)}, {"codes": (-1, 200)}):
+        with pytest.raises(ValueError):
+            conv(**bad)
+    x, out = np.zeros((5, 5, 4), np.uint8), np.empty((5, 5, 4), np.int32)
+    conv()(x, (0, 5), None, out, [])
+    for bad_rows in ((0, 6), (3, 3), (-1, 2)):
+        with pytest.raises(ValueError, match="rows"):
+            conv()(x, bad_rows, None, out, [])
+    with pytest.raises(ValueError, match="size"):
+        conv()(x, (0, 4), None, out, [])
+    with pytest.raises(ValueError, match="dtype"):
+        conv()(x.view(np.int8), (0, 5), None, out, [])
+    with pytest.raises(ValueError, match="support"):
+        three = _kernels.OneConv("scalar", "shift", (5, 5), 3 * w, (1, 1), (1, 1), 1, pad, m, 0, m, (0, 4))
+        three(x, (0, 5), None, out, [])
