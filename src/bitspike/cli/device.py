@@ -39,47 +39,70 @@ def _best(logits: np.ndarray, classes: list[str], top: int) -> list[dict[str, An
             for i in order]
 
 
-def run(file: str, images: list[Path], /, *, as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
-        top: Annotated[int, Parameter(name=["--top", "-k"])] = 5, threads: int | None = None) -> int:
-    """Classify pictures with a .bitspike file, on the integer runtime (no torch).
+def run(file: str, inputs: list[Path], /, *, as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+        top: Annotated[int, Parameter(name=["--top", "-k"])] = 5, threads: int | None = None,
+        stream: Annotated[bool, Parameter(negative=())] = False, window_us: int | None = None,
+        window_events: int | None = None, never_reset: Annotated[bool, Parameter(negative=())] = False, speed: float = 0.0,
+        save: Path | None = None) -> int:
+    """Classify pictures, or recordings of an event camera, with a .bitspike file, on the integer runtime (no torch).
 
-    Pictures that cannot be read are reported on stderr and make the exit code 2; the others are still classified.
+    What cannot be read is reported on stderr and makes the exit code 2; the others are still classified.
 
     Parameters
     ----------
     file
         Path of a .bitspike file, or the name of a built-in network (cifar10).
-    images
-        Picture files, or folders of them.
+    inputs
+        Picture files, or folders of them; for a network of event frames, recordings of any format that is read.
     as_json
-        Print a JSON list instead of text.
+        Print JSON instead of text.
     top
         How many classes to show.
     threads
         Threads of the runtime; all cores if not given.
+    stream
+        Play the recording through the network window by window, with a decision after each.
+    window_us
+        With --stream: a window lasts so many microseconds (default: as the network was trained).
+    window_events
+        With --stream: a window holds so many events.
+    never_reset
+        With --stream: the membranes are carried on for ever, not only for the T windows the network was trained on.
+    speed
+        With --stream: 1 plays in real time, 2 twice as fast, 0 as fast as it can.
+    save
+        With --stream: also write the events and the decisions over time as .gif or .html.
     """
+    from bitspike.cli import stream as streaming
+    from bitspike.data.events import EventError
     from bitspike.deploy import ImageError, load, read_image
 
     if top < 1:
         raise ImageError(f"--top {top}: at least 1 class must be shown.")
     net = load(file)
+    if stream:
+        return streaming.play(net, inputs, streaming.Options(top, as_json, threads, window_us, window_events, never_reset,
+                                                             speed, save))
+    if save is not None or window_us or window_events or never_reset or speed:
+        raise ImageError("--save, --window-us, --window-events, --never-reset and --speed go with --stream.")
     results: list[dict[str, Any]] = []
     waiting: list[tuple[dict[str, Any], np.ndarray]] = []
 
     def flush() -> None:
         if waiting:
-            logits = net(np.stack([pixels for _, pixels in waiting]), threads)
+            logits = net(np.stack([pixels for _, pixels in waiting], int(frames)), threads)
             for (entry, _), row in zip(waiting, logits, strict=True):
                 entry["top"] = _best(row, net.classes, top)
             waiting.clear()
 
-    for path, problem in pictures(images):
+    frames = net.input_steps > 1
+    for path, problem in ((path, None) for path in inputs) if frames else pictures(inputs):
         entry: dict[str, Any] = {"image": str(path)}
         results.append(entry)
         if problem is None:
             try:
-                waiting.append((entry, read_image(path, net.header["input"])))
-            except ImageError as error:
+                waiting.append((entry, streaming.read_frames(path, net) if frames else read_image(path, net.header["input"])))
+            except (ImageError, EventError, OSError) as error:
                 problem = str(error)
         if problem is not None:
             entry["error"] = problem

@@ -108,7 +108,8 @@ def _dataset(name: str, classes: Sequence[str], whole: Recordings, is_test: Tens
             raise DataError(f"{name}: event_augment reads the recordings in random order, which "
                             f"{whole.store.places[0].name} does not allow; unpack the archive and move it away.")
         train = whole.take(trains[rest])
-    return Dataset(name, tuple(classes), train, arrays.take(trains[val]), arrays.take(test), seal.hexdigest(), window_us)
+    return Dataset(name, tuple(classes), train, arrays.take(trains[val]), arrays.take(test), seal.hexdigest(),
+                   {"sensor": list(whole.sensor), "layout": whole.layout, "window_us": window_us})
 
 
 def _held_out_tests(labels: Tensor, names: Sequence[str], share: float = 0.1) -> Tensor:

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -105,8 +105,9 @@ class Files:
 class Dataset:
     """Three splits; `val` is a fixed share of the published training set, `test` is reported once.
 
-    hash: sha256 over the decoded images, the labels and the indices of `val`. window_us: how many microseconds an event
-    frame lasts, where all of them last as long.
+    hash: sha256 over the decoded images, the labels and the indices of `val`. events: of recordings only, what a
+    device must know to make the same frames: sensor [height, width], layout (see `bitspike.data.events.read`) and window_us,
+    how long a frame lasts, where all last as long.
     """
 
     name: str
@@ -115,7 +116,7 @@ class Dataset:
     val: Split
     test: Split
     hash: str
-    window_us: int | None = None
+    events: Mapping[str, Any] | None = None
 
     def split(self, name: str) -> Split:
         """"train", "val", "test" or "train+val". Errors: DataError for any other name.

@@ -1,0 +1,234 @@
+"""`bitspike run FILE RECORDING [--stream]`: recordings of event cameras through the integer runtime. No torch."""
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from bitspike.data.events import Events, iterate, read
+from bitspike.data.events.framing import Frames
+from bitspike.deploy import Decision, ImageError, Net, Stream
+from bitspike.deploy.fields import printable
+
+_CHUNK = 1 << 16  # events read at once
+FILM = 600        # windows at most that --save keeps
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line said, see `device.run`."""
+
+    top: int = 5
+    as_json: bool = False
+    threads: int | None = None
+    window_us: int | None = None
+    window_events: int | None = None
+    never_reset: bool = False
+    speed: float = 0.0
+    save: Path | None = None
+
+
+def _trained(net: Net) -> Mapping[str, Any]:
+    """sensor, layout, window_us of the recordings that the network was trained on, as far as its file says, and "by"."""
+    provenance = net.header.get("provenance", {})
+    known, settings = provenance.get("events"), provenance.get("settings")
+    by = settings.get("frames_by") if isinstance(settings, dict) else None
+    return {**(known if isinstance(known, dict) else {}), "by": by if by in ("count", "time") else "count"}
+
+
+def _layout(net: Net, path: Path) -> str | None:
+    """The layout is for AEDAT 2.0 only."""
+    with path.open("rb") as file:
+        return _trained(net).get("layout") if file.read(10) == b"#!AER-DAT2" else None
+
+
+def _sensor(net: Net, size: tuple[int, int] | None, extent: tuple[int, int]) -> tuple[int, int]:
+    """(height, width): what the recording says, else what the network was trained on, if the events fit, else what holds them."""
+    if size is not None:
+        return size
+    known = _trained(net).get("sensor")
+    if isinstance(known, list) and len(known) == 2 and known[0] >= extent[0] and known[1] >= extent[1]:
+        return int(known[0]), int(known[1])
+    return max(1, extent[0]), max(1, extent[1])
+
+
+def read_frames(path: Path, net: Net) -> np.ndarray:
+    """A recording as the network takes it, uint8 [T, H, W, 2]; cut as in training. Errors: EventError, OSError, ImageError."""
+    height, width, channels = net.input_shape
+    if channels != 2:
+        raise ImageError(f"{net!r} takes frames of {channels} channels; a recording gives two (OFF, ON).")
+    found: Events = read(path, layout=_layout(net, path))
+    frames = Frames(net.input_steps, (height, width), _trained(net)["by"])
+    return np.ascontiguousarray(frames.of(found.data, _sensor(net, found.size, found.extent)).transpose(0, 2, 3, 1))
+
+
+# ----------------------------------------------------------------------------------------------------- play
+def _scan(path: Path, layout: str | None) -> tuple[int, tuple[int, int] | None, tuple[int, int]]:
+    """(number of events, size by the file, extent), with one pass over the file in pieces."""
+    number, height, width = 0, 1, 1
+    size = None
+    for piece in iterate(path, layout=layout):
+        number, size = number + len(piece), piece.size
+        height, width = max(height, piece.extent[0]), max(width, piece.extent[1])
+    return number, size, (height, width)
+
+
+def _window(net: Net, number: int, options: Options, path: Path) -> dict[str, int]:
+    """window_us or count for the stream."""
+    if options.window_us is not None and options.window_events is not None:
+        raise ImageError("give one of --window-us and --window-events.")
+    if options.window_us is not None or options.window_events is not None:
+        kind, value = ("window_us", options.window_us) if options.window_us is not None else ("count", options.window_events)
+        if value is None or value < 1:
+            raise ImageError("--window-us and --window-events: at least 1.")
+        return {kind: value}
+    trained = _trained(net)
+    if isinstance(trained.get("window_us"), int):
+        return {"window_us": trained["window_us"]}
+    if trained["by"] == "count" and number >= net.time_steps:
+        return {"count": number // net.time_steps}  # as in training: the whole recording in T parts
+    raise ImageError(f"{path}: how long is a window? The network's file does not say; give --window-us or --window-events.")
+
+
+def play(net: Net, paths: list[Path], options: Options) -> int:
+    """Every recording through a stream of its own. Errors: ImageError for options that cannot be meant; EventError; OSError."""
+    if options.speed < 0:
+        raise ImageError(f"--speed {options.speed}: 0 (as fast as it can) or more.")
+    if options.save is not None and (options.save.suffix.lower() not in (".gif", ".html") or len(paths) != 1):
+        raise ImageError(f"--save {options.save}: a .gif or .html of one recording.")
+    for path in paths:
+        _play_one(net, path, options)
+    return 0
+
+
+def _play_one(net: Net, path: Path, options: Options) -> None:
+    layout = _layout(net, path)
+    number, size, extent = _scan(path, layout)
+    sensor = _sensor(net, size, extent)
+    stream = Stream(net, sensor, **_window(net, number, options, path), reset_every=0 if options.never_reset else None,
+                    threads=options.threads)
+    kept: list[Decision] = []
+    rows: list[dict[str, Any]] = []
+    show = _Show(net, stream, path, options)
+    with show:
+        for decision in _decisions(stream, path, layout, options.speed):
+            show.decision(decision)
+            if options.save is not None and len(kept) < FILM:
+                kept.append(decision)
+            if options.as_json:
+                rows.append({"start_us": decision.start, "stop_us": decision.stop, "step": decision.step,
+                             "events": decision.events, "latency_ms": round(decision.latency_ms, 4),
+                             "top": best(decision.logits, net.classes, options.top)})
+    if options.save is not None:
+        from bitspike.cli.film import write_film
+
+        write_film(options.save, net.classes, kept, iterate(path, _CHUNK, layout=layout), sensor)
+        more = f" (the first {FILM} windows)" if stream.totals.windows > FILM else ""
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"wrote {options.save}{more}", markup=False)
+    if options.as_json:
+        totals = asdict(stream.totals)
+        del totals["latencies_ms"]
+        print(json.dumps({"recording": str(path), "decisions": rows, "totals": totals}, indent=1))
+
+
+def _decisions(stream: Stream, path: Path, layout: str | None, speed: float) -> Iterator[Decision]:
+    """Every window, the last one cut short; at `speed` times the recording's own pace (0: no waiting)."""
+    began, first = time.monotonic(), None
+    for piece in iterate(path, _CHUNK, layout=layout):
+        for decision in stream.push(piece.data):
+            if speed:
+                first = decision.start if first is None else first
+                time.sleep(max(0.0, (decision.stop - first) / 1e6 / speed - (time.monotonic() - began)))
+            yield decision
+    yield from stream.flush()
+
+
+def best(logits: np.ndarray, classes: list[str], top: int) -> list[dict[str, Any]]:
+    """The `top` classes with their softmax, in falling order."""
+    shifted = np.exp(logits - logits.max(), dtype=np.float64)
+    share = shifted / shifted.sum()
+    order = np.argsort(-logits, kind="stable")[:top]
+    return [{"class": classes[i], "index": int(i), "probability": round(float(share[i]), 6), "logit": float(logits[i])}
+            for i in order]
+
+
+class _Show:
+    """Live in a terminal; in a pipe, a line whenever a round of T windows ends. Nothing with --json."""
+
+    def __init__(self, net: Net, stream: Stream, path: Path, options: Options) -> None:
+        self.net, self.stream, self.path, self.options = net, stream, path, options
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.live = Live(console=self.console, refresh_per_second=12, transient=False) \
+            if sys.stdout.isatty() and not options.as_json else None
+        self.last: Decision | None = None
+        self.drawn, self.first = 0.0, 0
+
+    def __enter__(self) -> _Show:
+        (self.live or nullcontext()).__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.live is not None:
+            if self.last is not None:
+                self.live.update(self._picture(self.last))
+            self.live.__exit__(*error)
+        elif self.last is not None and not self.options.as_json and error[0] is None:
+            if not self._round_ends(self.last):
+                self._line(self.last)
+            self.console.print(self._summary())
+
+    def _round_ends(self, decision: Decision) -> bool:
+        return decision.step == (self.stream.reset_every or self.net.time_steps)
+
+    def _seconds(self, decision: Decision) -> float:
+        """Since the recording began; cameras count from any moment."""
+        return (decision.stop - self.first) / 1e6
+
+    def decision(self, decision: Decision) -> None:
+        if self.last is None:
+            self.first = decision.start
+        self.last = decision
+        if self.options.as_json:
+            return
+        if self.live is None:
+            if self._round_ends(decision):
+                self._line(decision)
+        elif time.monotonic() - self.drawn > 0.08:
+            self.drawn = time.monotonic()
+            self.live.update(self._picture(decision))
+
+    def _line(self, decision: Decision) -> None:
+        ranked = "  ".join(f"{guess['class']} {guess['probability']:.1%}"
+                           for guess in best(decision.logits, self.net.classes, self.options.top))
+        self.console.print(Text(printable(f"{self._seconds(decision):.3f} s: {ranked}")))
+
+    def _picture(self, decision: Decision) -> Group:
+        table = Table.grid(padding=(0, 1))
+        for guess in best(decision.logits, self.net.classes, self.options.top):
+            width = round(30 * guess["probability"])
+            table.add_row(Text(printable(guess["class"])[:40]), Text("█" * width + "·" * (30 - width), style="cyan"),
+                          Text(f"{guess['probability']:.1%}"))
+        head = Text(printable(f"{self.path.name}  {self._seconds(decision):.3f} s  window {decision.step} of "
+                              f"{self.stream.reset_every or 'endless'}, {decision.events} events"), style="bold")
+        return Group(head, table, self._summary())
+
+    def _summary(self) -> Text:
+        totals = self.stream.totals
+        times = np.array(totals.latencies_ms or [0.0])
+        odd = [f"{number} {what}" for number, what in (
+            (totals.empty, "empty windows"), (totals.late, "late events dropped"), (totals.outside, "events outside the sensor"),
+            (totals.clipped, "events above 255 in a pixel"), (totals.jumps, "jumps of the clock")) if number]
+        return Text(f"{totals.windows} windows, {totals.events:,} events, {totals.events_per_second / 1e6:.2f} M events/s; "
+                    f"decision after {np.median(times):.2f} ms (median), {times.max():.2f} ms (most)"
+                    + (f"; {', '.join(odd)}" if odd else ""))
