@@ -57,7 +57,7 @@ def export_run(run: str | Path, output: Path, data_dir: Path | None, min_agreeme
     calibration = split_pictures(data, "train", _CALIBRATION, recipe.image_size, channels)
     check = split_pictures(data, "test", _CHECK, recipe.image_size, channels)
     return _export(model, recipe, output, data.classes, calibration, check, min_agreement, isinstance(data.test, Arrays),
-                   data_hash=data.hash, commit=read_config(Path(run)).get("commit", "unknown"))
+                   data_hash=data.hash, events=data.events, commit=read_config(Path(run)).get("commit", "unknown"))
 
 
 def export_recipe(recipe: Recipe, output: Path, data_dir: Path | None) -> ExportReport:
