@@ -33,6 +33,9 @@ struct NeonCodes {  // as int16
   static int32x4_t tap(int32x4_t code) {
     return code;
   }
+  static int32x4_t keep(int32x4_t v, int left, int bits) {  // the `bits` bits below `left` others, with their sign
+    return vreinterpretq_s32_s16(vshlq_s16(vshlq_s16(vreinterpretq_s16_s32(v), vdupq_n_s16(left)), vdupq_n_s16(bits - 16)));
+  }
 };
 
 #ifdef __ARM_FEATURE_DOTPROD
@@ -51,6 +54,9 @@ struct NeonCodes<true> {
   template <bool kSigned>
   static int32x4_t tap(int32x4_t code) {
     return kSigned ? code : veorq_s32(code, vdupq_n_s32(0x80));
+  }
+  static int32x4_t keep(int32x4_t v, int left, int bits) {
+    return vreinterpretq_s32_s8(vshlq_s8(vshlq_s8(vreinterpretq_s8_s32(v), vdupq_n_s8(left)), vdupq_n_s8(bits - 8)));
   }
 };
 #endif
@@ -73,6 +79,14 @@ struct Neon : NeonCodes<kDot> {
     memcpy(some, p, lanes * sizeof(int32_t));
     return load(some);
   }
+  static constexpr int kFields = 1, kScaleBits = 0;
+  static void put_weight(Weight* at, int, int8_t w) { *at = w; }
+  static uint32_t start(int8_t w, int32_t offset) { return 0u - static_cast<uint32_t>(w * offset); }
+  static I32 unpack(I32 packed, int) { return packed; }
+  static I32 unscale(I32 acc) { return acc; }
+  template <int kBits>
+  struct Narrow;
+
   static I32 load_weights(const Weight* p) { return vreinterpretq_s32_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(p))); }
   static void store(int32_t* p, I32 v, int lanes) {
     if (lanes >= kLanes) return vst1q_s32(p, v);
@@ -109,7 +123,7 @@ struct Neon : NeonCodes<kDot> {
   static I32 tap_code(const uint8_t* p, int lanes) {
     return Base::template tap<kSigned>(kSigned ? widen_s8(p, lanes) : widen_u8(p, lanes));
   }
-  static const Code* in_place(const Conv&, const uint8_t*, int) { return nullptr; }
+  static const Code* in_place(const Conv&, const uint8_t*, int, int) { return nullptr; }
 
   // A per-output number as int64, lanes 0..1 and 2..3.
   struct Factor {
@@ -149,6 +163,8 @@ struct Neon : NeonCodes<kDot> {
   static I32 sub(I32 a, I32 b) { return vsubq_s32(a, b); }
   static I32 add_saturating(I32 a, I32 b) { return vqaddq_s32(a, b); }
   static I32 shift_left(I32 a, int n) { return vshlq_s32(a, vdupq_n_s32(n)); }
+  static I32 xor_(I32 a, I32 b) { return veorq_s32(a, b); }
+  static I32 shift_left_each(I32 a, I32 n) { return vshlq_s32(a, n); }  // 0 for 32 and more
   static I32 shift_right(I32 a, int n) { return vshlq_s32(a, vdupq_n_s32(-n)); }
   static I32 shift_right_zero(I32 a, int n) {
     return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a), vdupq_n_s32(-n)));
@@ -219,6 +235,20 @@ struct Neon : NeonCodes<kDot> {
   static void copy_events(uint16_t* to, const uint16_t* from, size_t n, uint16_t row) {
     const uint16x8_t offset = vdupq_n_u16(row);
     for (size_t i = 0; i < n; i += 8) vst1q_u16(to + i, vaddq_u16(vld1q_u16(from + i), offset));
+  }
+};
+
+// Weights of kBits bits, as many as fit into one of Weight.
+template <bool kDot>
+template <int kBits>
+struct Neon<kDot>::Narrow : Neon<kDot> {
+  using Weight = typename Neon<kDot>::Weight;
+  static constexpr int kWidth = 8 * sizeof(Weight), kFields = kWidth / kBits;
+  static void put_weight(Weight* at, int field, int8_t w) {
+    *at = static_cast<Weight>(static_cast<uint16_t>(*at) | (w & ((1 << kBits) - 1)) << field * kBits);
+  }
+  static int32x4_t unpack(int32x4_t packed, int field) {
+    return Neon<kDot>::keep(packed, kWidth - kBits - field * kBits, kBits);
   }
 };
 

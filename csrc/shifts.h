@@ -14,7 +14,7 @@ template <class V>
 struct ShiftOf : V {
   using Code = int32_t;
   using Weight = int32_t;  // e in the low 6 bits, the sign in the top one
-  static constexpr int kUnit = 1, kVectors = 2, kSignedOffset = 0;
+  static constexpr int kUnit = 1, kVectors = 2, kSignedOffset = 0, kUnsignedOffset = 0;
 
   static void put_weight(int32_t* at, int, int8_t w) {
     int32_t e = 0;
