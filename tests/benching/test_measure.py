@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def test_turns_are_interleaved_and_ordered():
     found = interleaved({"slow": lambda: run("slow", 0.02), "fast": lambda: run("fast", 0.004)}, 0.01, rounds_at_least=3)
     assert found["fast"].median < found["slow"].median and found["slow"].least >= 0.02
     assert found["fast"].least <= found["fast"].p10 <= found["fast"].median <= found["fast"].p90
-    changes = sum(a != b for a, b in zip(order, order[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(order))
     assert changes >= 5  # three rounds of two
 
 

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reas
 
 
 def compare(tmp_path: Path, compiler: list[str], run: list[str], seconds: int) -> str:
-    if shutil.which(compiler[0]) is None or run and shutil.which(run[0]) is None:
+    if shutil.which(compiler[0]) is None or (run and shutil.which(run[0]) is None):
         pytest.skip(f"needs {compiler[0]} {' '.join(run)}: apt install g++-aarch64-linux-gnu qemu-user")
     program = str(tmp_path / "compare")
     subprocess.run(["bash", str(BUILD), program, *compiler], check=True)

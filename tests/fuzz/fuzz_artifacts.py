@@ -23,10 +23,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bitspike.deploy import ArtifactError, Net, kernels
-from bitspike.deploy.artifact import encode, parse
 from tests.deploy.random_programs import random_artifact, random_images
 from tests.deploy.small_artifact import assemble, small
+
+from bitspike.deploy import ArtifactError, Net, kernels
+from bitspike.deploy.artifact import encode, parse
 
 _MOST_MACS, _MOST_BYTES, _MOST_PIXELS = 3_000_000, 8_000_000, 200_000
 _NUMBERS = [0, 1, -1, 2, 3, 7, 8, 15, 16, 31, 62, 63, 64, 127, 128, 255, 256, 1000, 2**14, 2**20, 2**31 - 1, -(2**31), 2**31,
@@ -69,7 +70,7 @@ def _change(value: Any, rng: np.random.Generator) -> None:
         other = places[rng.integers(len(places))]
         taken: Any = value
         for step in other:
-            if isinstance(taken, dict) and step not in taken or isinstance(taken, list) and step >= len(taken):
+            if (isinstance(taken, dict) and step not in taken) or (isinstance(taken, list) and step >= len(taken)):
                 return
             taken = taken[step]
         parent[key] = copy.deepcopy(taken)

@@ -64,6 +64,21 @@ class Builder(Protocol):
     def attention(self, q: Any, k: Any, v: Any, heads: int, shape_CHW: tuple[int, int, int], scale: float) -> Any:
         """`q (k^T v) * scale` per head."""
 
+    def attention_map(self, a: Any, b: Any, over: str, heads: int, scale: float) -> Any:
+        """Per head `a^T b` over channels or `a b^T` over tokens, [steps * B, heads, rows, columns]."""
+
+    def attention_read(self, chosen: Any, x: Any, over: str, shape_CHW: tuple[int, int, int], scale_Th: Array) -> Any:
+        """`x M^T` over tokens or `M x` over channels, times a number per step (or one) and head."""
+
+    def coincidences(self, k: Any, v: Any, scale: float) -> Any:
+        """Sum of `k v` over H and W."""
+
+    def product(self, x: Any, factor: Any, codes: Codes) -> Any:
+        """Codes times codes [.., C, 1, 1]."""
+
+    def total(self, a: Any, b: Any, codes: Codes) -> Any:
+        """Sum of codes."""
+
     def maxpool(self, x: Any, kernel: Pair, stride: Pair, padding: Pair) -> Any:
         """Window maximum."""
 
@@ -76,8 +91,9 @@ class Builder(Protocol):
     def join(self, parts: list[Any], codes: Codes | None) -> Any:
         """Back again; `codes` if these are spikes or counts."""
 
-    def lif_step(self, v: Any | None, x: Any, decay: float, threshold: float, strict: bool, reset: str) -> tuple[Any, Any]:
-        """(spikes, potential after the reset); v None is 0."""
+    def lif_step(self, v: Any | None, x: Any, decay: float, threshold: float, strict: bool, reset: str,
+                 amount: float) -> tuple[Any, Any]:
+        """(spikes, potential after the reset, a soft one of `amount`); v None is 0."""
 
     def ielif_step(self, v: Any | None, x: Any, decay: float, one: float, levels: int) -> tuple[Any, Any]:
         """(count, what is left of the potential)."""
@@ -88,6 +104,7 @@ class _Value:
     ref: Any
     steps: int
     codes: Codes | None = None  # None: a potential
+    is_map: bool = False        # of attention: [steps * B, heads, rows, columns]
 
 
 def _gains(op: Op, fraction: float) -> list[float]:
@@ -185,19 +202,27 @@ class _Lowering:
     def run(self) -> Any:
         skipped = {name for name, _ in self.planes.items()}
         for op in self.program.ops:
-            if op.output in skipped or op.name == "lookup" and all(
-                    r.name == "conv" for r in self.readers.get(op.output, [])):
+            if op.output in skipped or (op.name == "lookup" and all(
+                    r.name == "conv" for r in self.readers.get(op.output, []))):
                 continue
             if op.output in self.joined:
                 self.values[op.output] = self.values[self.joined[op.output]]
                 continue
             handle = getattr(self, f"_{op.name}", None)
-            if handle is None:
+            if handle is None or self._misreads_a_map(op):
                 raise PeerError(f"{op.layer or op.output}: no other engine is given the op {op.name!r} yet; bench without "
                                 "--peers.")
             self.values[op.output] = handle(op)
         result = self.values[self.program.output]
         return self.builder.affine(result.ref, np.array([1 / self.unit]), None) if self.unit != 1 else result.ref
+
+    def _misreads_a_map(self, op: Op) -> bool:
+        """Only a neuron of one threshold and `attention_read` know what to do with a map of attention."""
+        if not any(name in self.values and self.values[name].is_map for name in op.inputs):
+            return False
+        single = op.name != "quantize" or np.ndim(op.attributes["m"]) == 0
+        in_place = op.name == "attention_read" and not self._in(op, 1).is_map
+        return not (in_place or (op.name in ("quantize", "lif", "lif_packed", "ielif") and single))
 
     def _in(self, op: Op, index: int = 0) -> _Value:
         name = op.inputs[index]
@@ -246,12 +271,13 @@ class _Lowering:
         gain = np.asarray(a["m"], np.float64) * 2.0 ** -a["s"] / self.to_unit
         if gain.ndim:
             codes = Codes(a["lo"], a["hi"])
-            return _Value(self.builder.neuron(x.ref, gain, codes), x.steps, codes)
+            return _Value(self.builder.neuron(x.ref, gain, codes), x.steps, codes, x.is_map)
         if abs(float(gain) - 1) < 1e-9 or a["dtype"] == "u8":
             codes = Codes(a["lo"], a["hi"])
         else:  # signed codes stay in units of the potential: an int8 engine quantizes with this step
             codes = Codes(a["lo"], a["hi"], 1 / float(gain))
-        return _Value(self.builder.neuron(x.ref, None if abs(float(gain) - 1) < 1e-9 else gain, codes), x.steps, codes)
+        return _Value(self.builder.neuron(x.ref, None if abs(float(gain) - 1) < 1e-9 else gain, codes), x.steps, codes,
+                      x.is_map)
 
     def _potential_scale(self, x: _Value) -> float:
         """Float value -> the integer it stands for, times to_unit."""
@@ -282,6 +308,45 @@ class _Lowering:
         refs = [self._spread(p, steps) for p in parts]
         return _Value(self.builder.attention(*refs, op.attributes["heads"], (y.channels, y.height, y.width), scale), steps)
 
+    def _products(self, op: Op) -> tuple[list[Any], int, float]:
+        """Inputs in equal steps, how many, and what one product of their values is worth in steps of the potential."""
+        parts = [self._in(op, i) for i in range(len(op.inputs))]
+        steps, worth = max(p.steps for p in parts), self.to_unit
+        for p in parts:
+            assert p.codes is not None
+            worth /= p.codes.step
+        return [self._spread(p, steps) for p in parts], steps, worth
+
+    def _attention_map(self, op: Op) -> _Value:
+        (a, b), steps, worth = self._products(op)
+        at = op.attributes
+        scale = at["m"] * 2.0 ** -at["s"] * worth
+        return _Value(self.builder.attention_map(a, b, at["over"], at["heads"], scale), steps, None, True)
+
+    def _attention_read(self, op: Op) -> _Value:
+        (chosen, x), steps, worth = self._products(op)
+        at, y = op.attributes, self.program.values[op.output]
+        scale = np.broadcast_to(np.asarray(at["m"], np.float64) * 2.0 ** -at["s"] * worth,
+                                np.shape(at["m"]) if np.ndim(at["m"]) else (1, at["heads"]))
+        ref = self.builder.attention_read(chosen, x, at["over"], (y.channels, y.height, y.width), scale)
+        return _Value(ref, steps)
+
+    def _coincidences(self, op: Op) -> _Value:
+        (k, v), steps, worth = self._products(op)
+        return _Value(self.builder.coincidences(k, v, op.attributes["m"] * 2.0 ** -op.attributes["s"] * worth), steps)
+
+    def _codes_of(self, op: Op) -> Codes:
+        value = self.program.values[op.output]
+        return Codes(value.lo, value.hi)
+
+    def _mask(self, op: Op) -> _Value:
+        (x, factor), steps, _ = self._products(op)
+        return _Value(self.builder.product(x, factor, self._codes_of(op)), steps, self._codes_of(op))
+
+    def _sum(self, op: Op) -> _Value:
+        (a, b), steps, _ = self._products(op)
+        return _Value(self.builder.total(a, b, self._codes_of(op)), steps, self._codes_of(op))
+
     def _maxpool(self, op: Op) -> _Value:
         a, x = op.attributes, self._in(op)
         return _Value(self.builder.maxpool(x.ref, a["kernel"], a["stride"], a["padding"]), x.steps, x.codes)
@@ -308,14 +373,32 @@ class _Lowering:
         gain = a["gain"][0] * 2.0 ** -a["gain"][1]
         decay = a["decay"][0] * 2.0 ** -a["decay"][1]
         threshold = a["threshold"] * self.to_unit
+        amount = threshold if a.get("amount") is None else a["amount"] * self.to_unit
+        kept = self._kept(op) if op.name == "lif_packed" else None
+        decay *= self.to_unit if kept is not None else 1  # from a code to the potential
         spikes, v = [], None
         for drive in self._drive(x, a["steps"]):
             if gain != 1:
                 drive = self.builder.affine(drive, np.array([gain]), None)
-            s, v = self.builder.lif_step(v, drive, decay, threshold, a["strict"], a["reset"])
+            s, v = self.builder.lif_step(v, drive, decay, threshold, a["strict"], a["reset"], amount)
+            if kept is not None:
+                v = self.builder.neuron(v, np.array(kept[0]), kept[1])
             spikes.append(s)
         codes = Codes(0, 1)
-        return _Value(self.builder.join(spikes, codes), a["steps"], codes)
+        return _Value(self.builder.join(spikes, codes), a["steps"], codes, x.is_map)
+
+    def _kept(self, op: Op) -> tuple[float, Codes]:
+        """How a potential of few bits is stored, if its steps are equal: (gain, codes)."""
+        table = np.asarray(op.attributes["table"], np.float64)
+        highest = len(table) // 2
+        gap = (table[-1] - table[0]) / max(1, len(table) - 1)
+        even = (np.arange(len(table)) - highest + 0.5) * gap
+        if gap <= 0 or np.abs(table - even).max() > 0.02 * gap + 1:
+            raise PeerError(f"{op.layer or op.output}: its potential is stored in unequal steps (tanh), which other engines "
+                            "are not given; bench without --peers.")
+        return 1 / (gap * self.to_unit), Codes(-highest, highest)
+
+    _lif_packed = _lif
 
     def _ielif(self, op: Op) -> _Value:
         a, x = op.attributes, self._in(op)
@@ -325,7 +408,7 @@ class _Lowering:
             n, v = self.builder.ielif_step(v, drive, decay, self.unit, a["levels"])
             counts.append(n)
         codes = Codes(0, a["levels"])
-        return _Value(self.builder.join(counts, codes), a["steps"], codes)
+        return _Value(self.builder.join(counts, codes), a["steps"], codes, x.is_map)
 
 
 def lower(program: Program, fraction_bits: int, builder: Builder) -> Any:
@@ -341,7 +424,7 @@ class Lowered:
     """Where a builder put the values: integer id -> (ref, integer value times this is the float value)."""
 
     output: Any
-    values: Mapping[str, tuple[Any, float]]
+    values: Mapping[str, tuple[Any, float, bool]]  # the last: a map of attention
 
 
 def lower_with_values(program: Program, fraction_bits: int, builder: Builder) -> Lowered:
@@ -349,6 +432,6 @@ def lower_with_values(program: Program, fraction_bits: int, builder: Builder) ->
     lowering = _Lowering(program, fraction_bits, builder)
     output = lowering.run()
     first = {lowering.joined[name] for name in lowering.joined}  # one plane of two: no value of the float network
-    places = {name: (v.ref, lowering.to_unit if v.codes is None else v.codes.step)
+    places = {name: (v.ref, lowering.to_unit if v.codes is None else v.codes.step, v.is_map)
               for name, v in lowering.values.items() if name not in first and name != "pixels"}
     return Lowered(output, places)

@@ -98,13 +98,13 @@ class OnnxBuilder:
         return y
 
     def neuron(self, x: str, gain: Array | None, codes: Codes) -> str:
-        if self._int8 and (gain is None or np.ndim(gain) == 0 and codes.step != 1):
+        if self._int8 and (gain is None or (np.ndim(gain) == 0 and codes.step != 1)):
             if self.form == "all" and codes.lo == 0:  # the clip on codes: a convolution before stays fused
                 return self._quantized(x, codes, self.constant(np.array(codes.hi), np.uint8) if codes.hi < 255 else None)
             if codes.lo == 0:
                 x = self.emit("Clip", x, self.constant(np.array(0.0)), self.constant(np.array(float(codes.hi) * codes.step)))
             return self._quantized(x, codes)
-        if not self._int8 and codes.step != 1:
+        if not self._int8 and codes.step != 1.0:
             return x  # signed codes stand for real values: a float engine has no use for rounding them
         if gain is not None:
             x = self.emit("Mul", x, self._channels(gain))
@@ -140,6 +140,47 @@ class OnnxBuilder:
             y = self.emit("MatMul", self.emit("Mul", self.emit("MatMul", v, k), factor), q)
         return self.emit("Reshape", y, self.constant(np.array([-1, *shape_CHW]), np.int64))
 
+    def attention_map(self, a: str, b: str, over: str, heads: int, scale: float) -> str:
+        a, b = self._by_head(a, heads), self._by_head(b, heads)
+        if over == "channels":
+            a = self.emit("Transpose", a, perm=[0, 1, 3, 2])
+        else:
+            b = self.emit("Transpose", b, perm=[0, 1, 3, 2])
+        return self.emit("Mul", self.emit("MatMul", a, b), self.constant(np.array(scale)))
+
+    def attention_read(self, chosen: str, x: str, over: str, shape_CHW: tuple[int, int, int], scale_Th: Array) -> str:
+        x = self._by_head(x, scale_Th.shape[1])
+        if over == "tokens":
+            y = self.emit("MatMul", x, self.emit("Transpose", chosen, perm=[0, 1, 3, 2]))
+        else:
+            y = self.emit("MatMul", chosen, x)
+        if len(scale_Th) > 1:  # a number per step
+            steps, heads = scale_Th.shape
+            channels, tokens = shape_CHW[0] // heads, shape_CHW[1] * shape_CHW[2]
+            y = self.emit("Reshape", y, self.constant(np.array([steps, -1, heads, channels, tokens]), np.int64))
+            y = self.emit("Mul", y, self.constant(scale_Th.reshape(steps, 1, heads, 1, 1)))
+        else:
+            y = self.emit("Mul", y, self.constant(scale_Th.reshape(1, -1, 1, 1)))
+        return self.emit("Reshape", y, self.constant(np.array([-1, *shape_CHW]), np.int64))
+
+    def _by_head(self, x: str, heads: int) -> str:
+        flat = self.emit("Reshape", x, self.constant(np.array([0, 0, -1]), np.int64))  # [N, C, H W]
+        split = self.emit("Reshape", self.emit("Transpose", flat, perm=[0, 2, 1]),
+                          self.constant(np.array([0, 0, heads, -1]), np.int64))        # [N, H W, heads, C / heads]
+        return self.emit("Transpose", split, perm=[0, 2, 3, 1])
+
+    def coincidences(self, k: str, v: str, scale: float) -> str:
+        axes = self.constant(np.array([2, 3]), np.int64)
+        return self.emit("Mul", self.emit("ReduceSum", self.emit("Mul", k, v), axes), self.constant(np.array(scale)))
+
+    def product(self, x: str, factor: str, codes: Codes) -> str:
+        y = self.emit("Mul", x, factor)
+        return self._quantized(y, codes) if self._int8 else y
+
+    def total(self, a: str, b: str, codes: Codes) -> str:
+        y = self.emit("Add", a, b)
+        return self._quantized(y, codes) if self._int8 else y
+
     def maxpool(self, x: str, kernel: Pair, stride: Pair, padding: Pair) -> str:
         return self.emit("MaxPool", x, kernel_shape=list(kernel), strides=list(stride), pads=[*padding, *padding])
 
@@ -155,7 +196,8 @@ class OnnxBuilder:
         x = parts[0] if len(parts) == 1 else self.emit("Concat", *parts, axis=0)
         return self._quantized(x, codes) if codes is not None and self._int8 else x
 
-    def lif_step(self, v: str | None, x: str, decay: float, threshold: float, strict: bool, reset: str) -> tuple[str, str]:
+    def lif_step(self, v: str | None, x: str, decay: float, threshold: float, strict: bool, reset: str,
+                 amount: float) -> tuple[str, str]:
         h = x if v is None else self.emit("Add", v if decay == 1 else self.emit("Mul", v, self.constant(np.array(decay))), x)
         level = self.constant(np.array(threshold))
         fired = self.emit("Greater" if strict else "GreaterOrEqual", h, level)
@@ -164,7 +206,7 @@ class OnnxBuilder:
             return spikes, h
         if reset == "hard":
             return spikes, self.emit("Where", fired, self.constant(np.array(0.0)), h)
-        return spikes, self.emit("Sub", h, spikes if threshold == 1 else self.emit("Mul", spikes, level))
+        return spikes, self.emit("Sub", h, spikes if amount == 1 else self.emit("Mul", spikes, self.constant(np.array(amount))))
 
     def ielif_step(self, v: str | None, x: str, decay: float, one: float, levels: int) -> tuple[str, str]:
         u = x if v is None else self.emit("Add", v, x)

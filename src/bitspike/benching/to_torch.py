@@ -68,6 +68,22 @@ class _Recorder:
     def attention(self, q: int, k: int, v: int, heads: int, shape_CHW: tuple[int, int, int], scale: float) -> int:
         return self._emit("attention", [q, k, v], heads, shape_CHW, scale)
 
+    def attention_map(self, a: int, b: int, over: str, heads: int, scale: float) -> int:
+        return self._emit("map", [a, b], over, heads, scale)
+
+    def attention_read(self, chosen: int, x: int, over: str, shape_CHW: tuple[int, int, int], scale_Th: Array) -> int:
+        scale = self._constant(scale_Th, (len(scale_Th), 1, -1, 1, 1))
+        return self._emit("read", [chosen, x], over, shape_CHW, scale)
+
+    def coincidences(self, k: int, v: int, scale: float) -> int:
+        return self._emit("coincidences", [k, v], scale)
+
+    def product(self, x: int, factor: int, codes: Codes) -> int:
+        return self._emit("times", [x, factor])
+
+    def total(self, a: int, b: int, codes: Codes) -> int:
+        return self._emit("add", [a, b])
+
     def maxpool(self, x: int, kernel: Pair, stride: Pair, padding: Pair) -> int:
         return self._emit("maxpool", [x], kernel, stride, padding)
 
@@ -80,10 +96,11 @@ class _Recorder:
     def join(self, parts: list[int], codes: Codes | None) -> int:
         return parts[0] if len(parts) == 1 else self._emit("join", parts)
 
-    def lif_step(self, v: int | None, x: int, decay: float, threshold: float, strict: bool, reset: str) -> tuple[int, int]:
+    def lif_step(self, v: int | None, x: int, decay: float, threshold: float, strict: bool, reset: str,
+                 amount: float) -> tuple[int, int]:
         h = x if v is None else self._emit("leak", [v, x], decay)
         s = self._emit("fire", [h], threshold, strict)
-        return s, (h if reset == "none" else self._emit("reset", [h, s], threshold, reset))
+        return s, (h if reset == "none" else self._emit("reset", [h, s], amount, reset))
 
     def ielif_step(self, v: int | None, x: int, decay: float, one: float, levels: int) -> tuple[int, int]:
         u = x if v is None else self._emit("add", [v, x])
@@ -113,8 +130,25 @@ def _step(kind: str, x: list[Tensor], more: tuple[Any, ...], constants: Any) -> 
         else:
             y = ((v * scale) @ k.transpose(2, 3)) @ q
         return y.reshape(len(y), *shape)
+    if kind == "map":
+        over, heads, scale = more
+        a, b = (part.reshape(len(part), heads, part.shape[1] // heads, -1) for part in x)
+        return ((a * scale).transpose(2, 3) @ b) if over == "channels" else (a * scale) @ b.transpose(2, 3)
+    if kind == "read":
+        over, shape, scale = more
+        chosen, tokens = x[0], x[1].reshape(len(x[1]), x[0].shape[1], -1, shape[1] * shape[2])
+        y = tokens @ chosen.transpose(2, 3) if over == "tokens" else chosen @ tokens
+        factor = constants[scale]
+        return (y.unflatten(0, (len(factor), -1)) * factor).reshape(len(y), *shape)
+    if kind == "coincidences":
+        return (x[0] * x[1]).sum((2, 3), keepdim=True) * more[0]
+    if kind == "times":
+        return x[0] * x[1]
     if kind == "maxpool":
-        return F.max_pool2d(x[0], *more)
+        kernel, stride, (ph, pw) = more
+        if 2 * ph > kernel[0] or 2 * pw > kernel[1]:  # more than torch's own padding allows
+            return F.max_pool2d(F.pad(x[0], (pw, pw, ph, ph), value=float("-inf")), kernel, stride)
+        return F.max_pool2d(x[0], kernel, stride, (ph, pw))
     if kind == "mean":
         return x[0].mean((2, 3), keepdim=True)
     if kind == "part":
@@ -174,16 +208,18 @@ class Comparison:
 def compare(module: PeerModule, net: Net, images: np.ndarray) -> Comparison:
     """Compare a module with the program it was made of, on pictures uint8 [B, H, W, C]."""
     traced = net.trace(images, 1)
-    places = {slot: (name, scale) for name, (slot, scale) in module.places.items()}
+    places = {slot: (name, scale, is_map) for name, (slot, scale, is_map) in module.places.items()}
     values: dict[int, Tensor] = {0: torch.from_numpy(np.moveaxis(images, 3, 1).astype(np.float32))}
     largest, codes, different = 0.0, 0, 0
     with torch.inference_mode():
         for i, (kind, inputs, more) in enumerate(module.steps):
             y = _step(kind, [values[slot] for slot in inputs], more, module.constants)
             if i + 1 in places:
-                name, scale = places[i + 1]
+                name, scale, is_map = places[i + 1]
                 x = traced[name]
                 expected = torch.from_numpy(np.moveaxis(x.reshape(-1, *x.shape[2:]), 3, 1).astype(np.float64) * scale).float()
+                if is_map:  # [columns, rows, heads] as the integers have it
+                    expected = expected.permute(0, 3, 2, 1)
                 distance = (y - expected).abs()
                 if x.dtype == np.int32:
                     largest = max(largest, float(distance.max()))

@@ -20,6 +20,8 @@ from bitspike.deploy.runtime import ZOO
 if TYPE_CHECKING:
     from bitspike.recipe import Recipe
 
+Words = Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=False)]
+
 
 class BenchError(ValueError):
     """What was asked for cannot be measured."""
@@ -27,7 +29,7 @@ class BenchError(ValueError):
 
 def bench(model: str, /, *, peers: Annotated[bool, Parameter(negative=())] = False, threads: int = 1, batch: int = 1,
           seconds: float = 10.0, explain: Annotated[bool, Parameter(negative=())] = False, json_file: JsonFile = None,
-          pictures: list[Path] | None = None, data: Data = None, topology: str | None = None, skip: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=False)] = (),
+          pictures: list[Path] | None = None, data: Data = None, topology: str | None = None, skip: Words = (),
           settings: Settings = ()) -> int:
     """Time a network on this machine; with --peers also in ONNX Runtime, OpenVINO and PyTorch, on the same pictures.
 
@@ -103,7 +105,9 @@ def _given(places: list[Path], source: Mapping[str, Any], count: int) -> Pixels:
     """Pictures from files, and from folders all the way down, as a network with this input sees them; spread over all."""
     found: list[Path] = []
     for place in places:
-        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file()) if place.is_dir() else [place]
+        inside = [place]
+        if place.is_dir():
+            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
         if not inside:
             raise BenchError(f"--pictures {place}: the folder holds no pictures (looked for {', '.join(ENDINGS)}).")
         found += inside
