@@ -18,6 +18,7 @@ _HOME = {
     "data": ("DataError",),
     "recipe": ("Recipe",),
     "training": ("train", "evaluate", "load_run", "RunError"),
+    "searching": ("search", "SearchError"),
     "exporting": ("export_model", "ExportError"),
     "profiling": ("profile", "Report"),
     "deploy": ("load", "ArtifactError"),
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from bitspike.quantizers import Membrane as Membrane
     from bitspike.quantizers import PowerOfTwo as PowerOfTwo
     from bitspike.recipe import Recipe as Recipe
+    from bitspike.searching import SearchError as SearchError
+    from bitspike.searching import search as search
     from bitspike.spec import QuantSpec as QuantSpec
     from bitspike.spec import Scheme as Scheme
     from bitspike.spec import SpecError as SpecError

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 #: package -> extra of pyproject.toml that brings it
 EXTRAS = {"torch": "train", "torchvision": "train", "timm": "train", "accelerate": "train", "safetensors": "train",
-          "matplotlib": "plot", "onnx": "bench", "onnxruntime": "bench", "openvino": "bench",
+          "matplotlib": "plot", "scipy": "search", "optuna": "search", "onnx": "bench", "onnxruntime": "bench", "openvino": "bench",
           "lz4": "events", "zstandard": "events", "h5py": "events"}
 
 

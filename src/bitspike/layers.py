@@ -35,9 +35,9 @@ def make_quantizer(scheme: Scheme, weight: Tensor) -> Quantizer:
     if scheme.kind == "lsq":
         return LSQ(scheme.bits, channels, **scheme.options)
     if scheme.kind == "uniform":
-        return Uniform(scheme.bits, per_channel=scheme.per == "channel")
+        return Uniform(scheme.bits, per_channel=scheme.per == "channel", **scheme.options)
     if scheme.kind in ("pow2", "pow2_scale"):
-        return PowerOfTwo(scheme.bits, levels=scheme.kind == "pow2", per_channel=scheme.per == "channel")
+        return PowerOfTwo(scheme.bits, levels=scheme.kind == "pow2", per_channel=scheme.per == "channel", **scheme.options)
     if scheme.kind == "max":
         return MaxScale(scheme.bits, per_channel=scheme.per == "channel", **scheme.options)
     if scheme.kind == "binary":

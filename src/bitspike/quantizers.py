@@ -126,6 +126,18 @@ class LSQ(Quantizer):
 
 
 # ----------------------------------------------------------------------------------------------- uniform
+#: step, in standard deviations, that loses least of normally distributed weights (mean squared error), by numerical
+#: minimisation for codes -2^(k-1)..2^(k-1)-1; Max (IRE Trans. 1960) has the table for symmetric levels
+_NORMAL_STEP = {2: 1.0484, 3: 0.6018, 4: 0.3386, 5: 0.1888, 6: 0.1042, 7: 0.05689, 8: 0.03076}
+#: the same for the largest level of a power-of-two quantizer
+_NORMAL_TOP = {2: 1.110, 3: 1.975, 4: 4.176}
+
+
+def _rms(w: Tensor, per_channel: bool) -> Tensor:
+    axes = _over_channels(w) if per_channel else tuple(range(w.dim()))
+    return w.detach().square().mean(axes).sqrt().clamp_min(_smallest(w.dtype)).reshape(-1)
+
+
 class Uniform(Quantizer):
     """Signed k bits whose step follows the weights instead of being learned.
 
@@ -135,7 +147,11 @@ class Uniform(Quantizer):
     learned step then drifts: in networks trained from scratch it was seen to shrink until every weight was clipped and
     none had a gradient. Here the clip range stays at the same multiple of the weights' own size.
 
-    Args: bits 2..8; per_channel. Deploys as: scheme `uniform`, k bits. Source: the initial step of LSQ (ICLR 2020).
+    step "normal" is for networks that were trained in full precision: alpha = c_k rms(w), with the c_k that loses least of
+    normally distributed weights. It is smaller than LSQ's (of 3-bit weights it loses 0.041 of the variance, not 0.071).
+
+    Args: bits 2..8; per_channel; step "lsq" | "normal". Deploys as: scheme `uniform`, k bits. Source: the initial step of LSQ
+    (ICLR 2020); Max, Quantizing for minimum distortion (1960).
 
     >>> Uniform(4, per_channel=False).codes(torch.tensor([[-1.0, 0.1, 0.55]]))[0].tolist()
     [[-2, 0, 1]]
@@ -143,14 +159,18 @@ class Uniform(Quantizer):
 
     deploys_as = "uniform"
 
-    def __init__(self, bits: int, per_channel: bool = True) -> None:
+    def __init__(self, bits: int, per_channel: bool = True, step: str = "lsq") -> None:
         super().__init__()
         if not 2 <= bits <= 8:
             raise ValueError(f"Uniform: bits={bits}; allowed: 2..8. For one bit use Binary.")
-        self.bits, self.per_channel = bits, per_channel
+        if step not in ("lsq", "normal"):
+            raise ValueError(f"Uniform: step={step!r}; allowed: 'lsq', 'normal'.")
+        self.bits, self.per_channel, self.step = bits, per_channel, step
         self.low, self.high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
     def _step(self, w: Tensor) -> Tensor:
+        if self.step == "normal":
+            return (_NORMAL_STEP[self.bits] * _rms(w, self.per_channel)).clamp_min(_smallest(w.dtype))
         mean = w.detach().abs().mean(_over_channels(w) if self.per_channel else tuple(range(w.dim()))).reshape(-1)
         return (2 / math.sqrt(self.high) * mean).clamp_min(_smallest(w.dtype))
 
@@ -163,7 +183,7 @@ class Uniform(Quantizer):
         return (w / _shaped(scale, w)).round_().clamp_(self.low, self.high).int(), scale
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, per_channel={self.per_channel}"
+        return f"bits={self.bits}, per_channel={self.per_channel}, step={self.step!r}"
 
 
 # ---------------------------------------------------------------------------------------- powers of two
@@ -186,23 +206,26 @@ class PowerOfTwo(Quantizer):
     levels=True (A): the levels are powers of two; k bits = sign and exponent, E = 2^(k-1) - 2:
         w_q = s * sign(w) * 2^clip(round(log2(|w|/s)), -E, 0),   0 where |w| < s * 2^(-E - 1/2);   s = max|w|
         codes = sign * 2^(exponent + E), so the deployed scale is s * 2^-E
+        scale "normal": s = c_k rms(w) instead, which loses least of normally distributed weights; the larger ones are cut
     levels=False (B): uniform levels, the step is a power of two (so rescaling is a shift):
         s = 2^round(log2(2 mean|w| / sqrt(Qp))),   codes = clip(round(w/s), -Qp, Qp),   Qp = 2^(k-1) - 1
     Gradient: straight through; zero where reading B clips. The scale follows the weights and takes no gradient.
 
-    Args: bits 2..4 (A) or 2..8 (B); per_channel. Deploys as: scheme `pow2` (A) or `uniform` (B).
-    Source: SpikeHQ (arXiv 2412.05505); the source does not decide between the readings, A is the default.
+    Args: bits 2..4 (A) or 2..8 (B); per_channel; scale "max" | "normal" (A only). Deploys as: scheme `pow2` (A) or
+    `uniform` (B). Source: SpikeHQ (arXiv 2412.05505); the source does not decide between the readings, A is the default.
 
     >>> PowerOfTwo(4).codes(torch.tensor([[1.0, -0.5, 0.02, 0.001]]))[0].tolist()
     [[64, -32, 1, 0]]
     """
 
-    def __init__(self, bits: int, levels: bool = True, per_channel: bool = True) -> None:
+    def __init__(self, bits: int, levels: bool = True, per_channel: bool = True, scale: str = "max") -> None:
         super().__init__()
+        if scale not in ("max", "normal"):
+            raise ValueError(f"PowerOfTwo: scale={scale!r}; allowed: 'max', 'normal'.")
         top = 4 if levels else 8
         if not 2 <= bits <= top:
             raise ValueError(f"PowerOfTwo(levels={levels}): bits={bits}; allowed: 2..{top}.")
-        self.bits, self.levels, self.per_channel = bits, levels, per_channel
+        self.bits, self.levels, self.per_channel, self.scale = bits, levels, per_channel, scale
         self.deploys_as = "pow2" if levels else "uniform"
 
     @torch.no_grad()
@@ -214,7 +237,8 @@ class PowerOfTwo(Quantizer):
             scale = torch.exp2(torch.round(torch.log2(2 * mean / math.sqrt(high))))
             return (w / _shaped(scale, w)).round_().clamp_(-high, high).int(), scale
         lowest = 2 ** (self.bits - 1) - 2
-        top = w.abs().amax(axes).clamp_min(_smallest(w.dtype)).reshape(-1)
+        top = (w.abs().amax(axes).reshape(-1) if self.scale == "max"
+               else _NORMAL_TOP[self.bits] * _rms(w, self.per_channel)).clamp_min(_smallest(w.dtype))
         ratio = w.abs() / _shaped(top, w)
         exponent = torch.log2(ratio.clamp_min(1e-30)).round_().clamp_(-lowest, 0) + lowest
         codes = torch.where(ratio < 2.0 ** (-lowest - 0.5), 0, torch.sign(w) * torch.exp2(exponent))
@@ -226,7 +250,7 @@ class PowerOfTwo(Quantizer):
         return _Straight.apply(w, codes.to(w.dtype) * _shaped(scale.to(w.dtype), w), inside)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, levels={self.levels}, per_channel={self.per_channel}"
+        return f"bits={self.bits}, levels={self.levels}, per_channel={self.per_channel}, scale={self.scale!r}"
 
 
 # ---------------------------------------------------------------------------------- scale from the largest

@@ -28,6 +28,8 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "binary": {"gradient": ("ste", "ir_net"), "scale": ("none", "pow2", "mean"), "zero": ("plus", "published")},
     "membrane": {"scale": ("running", "batch"), "tanh": (True, False)},
     "lsq": {"init": ("tensor", "channel")},
+    "uniform": {"step": ("lsq", "normal")},
+    "pow2": {"scale": ("max", "normal")},
     "max": {"top": ("absolute", "signed")},
 }
 

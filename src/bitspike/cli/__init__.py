@@ -12,7 +12,7 @@ from typing import Any
 from cyclopts import App, CycloptsError
 
 import bitspike
-from bitspike.cli import bench, desk, device
+from bitspike.cli import bench, desk, device, search
 from bitspike.cli.messages import complain, warn
 from bitspike.extras import explain
 
@@ -23,6 +23,7 @@ app = App(name="bitspike", version=bitspike.__version__, help="Low-bit spiking v
 app.command(device.run)
 app.command(desk.train)
 app.command(desk.evaluate, name="eval")
+app.command(search.search)
 app.command(desk.export)
 app.command(desk.profile)
 app.command(bench.bench)

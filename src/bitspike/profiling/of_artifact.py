@@ -70,7 +70,8 @@ def _conv(op: Op, listed: dict[str, Any], net: Net, counts: _Counts, pixels: set
     weight = op.attributes["weight"]
     return Operation(op.layer or op.output, kind, tuple(listed["shape"]), op.macs // target.steps, weight.size,
                      listed["scheme"]["bits"], _elements(source), _elements(target), target.steps,
-                     source.hi if _is_count(source) else 255, counts.mean(op.inputs[0]), counts.density(op.inputs[0]))
+                     source.hi if _is_count(source) else 255, counts.mean(op.inputs[0]), counts.density(op.inputs[0]),
+                     weight_kind=listed["scheme"]["kind"])
 
 
 def _is_pool(op: Op, listed: dict[str, Any]) -> bool:

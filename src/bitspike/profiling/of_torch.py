@@ -37,6 +37,7 @@ class _Seen:
     outputs: int
     steps: int
     levels: int
+    weight_kind: str = "uniform"
     total: float = 0.0
     nonzero: int = 0
     elements: int = 0
@@ -44,7 +45,7 @@ class _Seen:
     def operation(self) -> Operation:
         return Operation(self.name, self.kind, self.shape, self.macs, self.weights, self.weight_bits, self.inputs,
                          self.outputs, self.steps, self.levels, self.total / max(1, self.elements),
-                         self.nonzero / max(1, self.elements))
+                         self.nonzero / max(1, self.elements), weight_kind=self.weight_kind)
 
 
 @dataclass
@@ -194,7 +195,7 @@ class _Watch(TorchFunctionMode):
             record = self.seen[name] = _Seen(
                 name, kind, tuple(weight.shape), out.numel() // per * fan_in, weight.numel(),
                 cost.FLOAT_BITS if quantizer is None else quantizer.bits, x.numel() // per, out.numel() // per, steps,
-                codes.levels)
+                codes.levels, "uniform" if quantizer is None else quantizer.deploys_as)
         self._count(record, codes, x)
 
     def _product(self, a: Tensor, b: Tensor, out: Tensor, products: int = 0) -> None:

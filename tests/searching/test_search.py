@@ -1,0 +1,250 @@
+"""The three methods on one interface: they keep budgets, repeat themselves, go on after a kill, and say what is wrong."""
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from bitspike.layers import codes, quantize_
+from bitspike.neurons import IELIF, LIF
+from bitspike.searching import CANDIDATES, Budget, SearchData, SearchError, make_space, search
+from bitspike.searching.blackbox import Options as BlackBox
+from bitspike.searching.costs import Costs
+from bitspike.searching.differentiable import Options as Differentiable
+from bitspike.searching.measure import Bench, Journal, plain_copy, renew_norms
+from bitspike.spec import QuantSpec, Scheme
+
+FEW = (Scheme("binary", options={"scale": "mean"}), Scheme("uniform", 2), Scheme("pow2", 4), Scheme("uniform", 8))
+METHODS = [("sensitivity", "loss", None), ("sensitivity", "fisher", None), ("differentiable", "loss", Differentiable(steps=6, batch=8)),
+           ("blackbox", "loss", BlackBox(trials=12))]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), IELIF(4), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), IELIF(4),
+                         nn.Flatten(), nn.Linear(8 * 4, 3)).eval()
+
+
+def pictures(count=40):
+    draw = torch.Generator().manual_seed(1)
+    return SearchData(torch.randn(count, 1, 6, 6, generator=draw), torch.randint(3, (count,), generator=draw), count // 2)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(number):
+    calls = []
+
+    def tell(text, done, total):
+        calls.append(text)
+        if len(calls) == number:
+            raise Stop
+
+    return tell
+
+
+@pytest.mark.parametrize("method,measure,options", METHODS)
+@pytest.mark.parametrize("budget", ["bits=3", "bytes=650", "energy=1uJ bits=5"])
+def test_budgets_hold_and_the_spec_fits(method, measure, options, budget):
+    net = network()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    spec, report = search(net, FEW, budget, pictures(), method=method, measure=measure, options=options)
+    limits, found = Budget.parse(*budget.split()), report.searched.totals
+    assert limits.bits is None or found.bits <= limits.bits + 1e-9
+    assert limits.bytes is None or found.bytes <= limits.bytes
+    assert limits.energy_pj is None or found.energy_pj <= limits.energy_pj
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    quantize_(net, QuantSpec.from_json(spec.to_json()))
+    assert all(codes(net[int(name)])[0].dtype == torch.int32 for name in spec.resolve(["0", "3", "7"]))
+    names = [p.name for p in report.points]
+    assert names[0] == "full precision" and "uniform, 2 bits" in names and "power of two, 4 bits" in names
+    assert json.loads(json.dumps(report.to_dict()))["searched"]["bits"] == found.bits
+    assert report.point("full precision").totals.bytes == 4 * (72 + 576 + 96)
+
+
+@pytest.mark.parametrize("method,measure,options", METHODS)
+def test_a_killed_search_goes_on_to_the_same_result(tmp_path, method, measure, options):
+    if isinstance(options, Differentiable):
+        options = Differentiable(steps=6, batch=8, save_every=2)
+    asked = {"method": method, "measure": measure, "options": options, "seed": 3}
+    whole, report = search(network(), FEW, "bits=3", pictures(), out=tmp_path / "whole", **asked)
+    with pytest.raises(Stop):
+        search(network(), FEW, "bits=3", pictures(), out=tmp_path / "cut", tell=stop_at(5), **asked)
+    resumed, again = search(network(), FEW, "bits=3", pictures(), out=tmp_path / "cut", **asked)
+    assert resumed == whole and again.damage == report.damage
+    assert [p.to_dict() for p in again.points] == [p.to_dict() for p in report.points]
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path):
+    search(network(), FEW, "bits=3", pictures(), out=tmp_path)
+    size = (tmp_path / "measurements.jsonl").stat().st_size
+    search(network(), FEW, "bits=3", pictures(), out=tmp_path)
+    assert (tmp_path / "measurements.jsonl").stat().st_size == size
+
+
+def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
+    path = tmp_path / "j.jsonl"
+    Journal(path, {"a": 1}).get("x", lambda: {"v": 1})
+    path.write_text(path.read_text() + '{"key": "y", "resu')
+    again = Journal(path, {"a": 1})
+    assert again.get("x", lambda: {"v": 2}) == {"v": 1} and again.get("y", lambda: {"v": 3}) == {"v": 3}
+    assert Journal(path, {"a": 1}).results == {"x": {"v": 1}, "y": {"v": 3}}
+
+
+def test_a_folder_of_another_search_is_refused(tmp_path):
+    search(network(), FEW, "bits=3", pictures(), out=tmp_path)
+    other = network()
+    with torch.no_grad():
+        other[0].weight[0, 0, 0, 0] += 1
+    with pytest.raises(SearchError, match="another search"):
+        search(other, FEW, "bits=3", pictures(), out=tmp_path)
+
+
+def test_sensitivity_beats_the_worst_at_equal_bits():
+    """Of all choices within the budget, its sum of measured damages is the least."""
+    _, report = search(network(), FEW, "bits=3", pictures())
+    total = sum(report.damage[n][f"{s.kind}:{s.bits}" if s.kind != "pow2" else f"pow2:{s.bits},scale=max"]
+                if f"{s.kind}:{s.bits}" not in report.damage[n] else report.damage[n][f"{s.kind}:{s.bits}"]
+                for n, s in report.searched.choice.items())
+    space = make_space(network(), FEW)
+    for seed in range(20):
+        choice = space.random(seed, 3)
+        keys = {n: next(k for k in report.damage[n] if k.startswith(f"{s.kind}:{s.bits}")) for n, s in choice.items()}
+        assert total <= sum(report.damage[n][k] for n, k in keys.items()) + 1e-9
+
+
+def test_drop_finds_the_cheapest_that_keeps_it():
+    _, tight = search(network(), FEW, "drop=0", pictures())
+    _, loose = search(network(), FEW, "drop=60", pictures())
+    full = tight.point("full precision").top1
+    assert full - tight.searched.top1 <= 0 and full - loose.searched.top1 <= 60
+    assert loose.searched.totals.bytes <= tight.searched.totals.bytes
+    assert loose.searched.totals.bits == 1
+
+
+def test_unreachable_budgets_are_refused_before_any_work(tmp_path):
+    for method in ("sensitivity", "differentiable", "blackbox"):
+        with pytest.raises(SearchError, match="bits=1, bytes="):
+            search(network(), FEW, "bits=0.5", pictures(), method=method, out=tmp_path / method)
+        assert not (tmp_path / method).exists()
+    with pytest.raises(SearchError, match="needs more|loses"):
+        search(network(), [Scheme("binary")], "drop=0", pictures())
+    with pytest.raises(SearchError, match="must be known beforehand"):
+        search(network(), FEW, "drop=1", pictures(), method="differentiable")
+
+
+def test_losses_that_are_not_finite_name_the_candidate():
+    net = network()
+    with torch.no_grad():
+        net[7].weight[0, 0] = float("nan")
+    with pytest.raises(SearchError, match="full-precision network gives logits"):
+        search(net, FEW, "bits=3", pictures())
+
+    class Overflows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x):
+            weight = self.net[3].weight
+            y = self.net(x)
+            return y if len(weight.unique()) > 32 else y * float("inf")  # "overflows" once conv 3 has few levels
+
+    with pytest.raises(SearchError, match=r"net\.3 binary:1.*not finite"):
+        search(Overflows(), FEW, "bits=3", pictures())
+
+
+@pytest.mark.parametrize("asked,match", [({"method": "magic"}, "sensitivity, differentiable, blackbox"), ({"measure": "hope"}, "fisher")])
+def test_unknown_methods(asked, match):
+    with pytest.raises(SearchError, match=match):
+        search(network(), FEW, "bits=3", pictures(), **asked)
+
+
+def test_data_that_cannot_be_meant():
+    with pytest.raises(SearchError, match="needs data"):
+        search(network(), FEW, "bits=3")
+    with pytest.raises(SearchError, match="as many are needed"):
+        SearchData(torch.zeros(3, 1), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(SearchError, match=r"norms=9; allowed: 0\.\.3"):
+        SearchData(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64), 9)
+
+
+def test_any_module_and_any_call():
+    """A network with its own neurons and state, called in its own way."""
+
+    class Foreign(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.v = nn.Linear(5, 16), nn.Linear(16, 2), None
+
+        def forward(self, x):
+            self.v = (self.v or 0) + self.a(x)
+            return self.b((self.v > 0.5).float())
+
+    def forward(model, x):
+        (model if isinstance(model, Foreign) else model.model).v = None
+        return torch.stack([model(x) for _ in range(2)])
+
+    data = SearchData(torch.randn(20, 5), torch.randint(2, (20,)))
+    spec, report = search(Foreign(), FEW, "bits=4", data, forward=forward)
+    assert set(dict(spec.rules)) == {"a", "b"} and report.searched.totals.bits <= 4
+
+
+def test_quantized_networks_are_searched_from_their_trained_weights():
+    net = network()
+    latent = net[3].weight.detach().clone()
+    quantize_(net, QuantSpec({"*": Scheme("uniform", 2)}))
+    assert torch.equal(plain_copy(net)[3].weight, latent)
+    assert not torch.equal(net[3].weight, latent)
+
+
+def test_bench_measures_and_restores():
+    bench = Bench(network(), pictures())
+    before = {k: v.clone() for k, v in bench.model.state_dict().items()}
+    first = bench.measure({"0": Scheme("uniform", 2)})
+    assert first.divergence > 0 and bench.measure({"0": Scheme("uniform", 2)}) == first
+    assert bench.measure({}).divergence == pytest.approx(0, abs=1e-7)
+    assert all(torch.equal(v, before[k]) for k, v in bench.model.state_dict().items())
+    eight, two = (bench.measure({n: Scheme("uniform", b, options={"step": "normal"}) for n in ("0", "3", "7")}) for b in (8, 2))
+    assert eight.divergence < two.divergence
+
+
+def test_renewed_norms_are_those_of_the_images():
+    net, x = network(), pictures().images
+    renew_norms(net, x, batch=40)
+    assert torch.allclose(net[1].running_mean, net[0](x).mean((0, 2, 3)), atol=1e-6)
+    assert not net[1].training and net[1].momentum == 0.1
+
+
+def test_costs_add_up():
+    space = make_space(network(), FEW)
+    costs = Costs(network(), pictures().images[:4], space, overhead_bytes=50)
+    choice = {n: Scheme("uniform", 2) for n in space.layers}
+    totals = costs.of(choice)
+    assert totals.weight_bytes == (72 + 576 + 96) // 4 and totals.bits == 2
+    assert totals.bytes == 50 + totals.weight_bytes + 8 * (8 + 8 + 3)
+    assert costs.of_float().energy_pj > totals.energy_pj
+    part = make_space(network(), {"0": CANDIDATES})
+    left = Costs(network(), pictures().images[:4], part).of({"0": Scheme("uniform", 2)})
+    assert left.bytes == (72 // 4 + 64) + (576 + 64) + (96 + 24)  # the others are stored with 8 bits
+
+
+def test_energy_counts_the_state_of_neurons():
+    class Net(nn.Module):
+        def __init__(self, steps):
+            super().__init__()
+            torch.manual_seed(0)
+            self.steps, self.conv, self.lif, self.head = steps, nn.Conv2d(1, 4, 3), LIF(), nn.Linear(64, 2)
+
+        def forward(self, x):
+            s = self.lif(self.conv(x).unsqueeze(0).repeat(self.steps, 1, 1, 1, 1))
+            return self.head(s.flatten(2))
+
+    def fixed(steps):
+        net = Net(steps)
+        return Costs(net, pictures().images[:4], make_space(net, FEW)).fixed_energy(1e3)
+
+    assert fixed(1) == 0 and fixed(4) == pytest.approx(2 * 4 * 64 * 4 / 8 * 10)
