@@ -400,7 +400,7 @@ class Membrane(nn.Module):
     sample depends on its neighbours; "batch" (published): max|z| of this very batch, in evaluation too.
 
     Args: bits 2..8; scale "running" | "batch"; tanh (published True: it is applied at every step and bounds |u| < 1).
-    Deploys as: nothing yet, export refuses it; a k-bit signed state of op `lif` is what it is meant for.
+    Deploys as: the k-bit signed state of op `lif_packed`; scale "batch" cannot be deployed.
     Source: Q-SNN (ACM MM 2024) section 3; released code has only "batch", which gives NaN for an all-zero potential
     (here: zero) and could not be deployed.
     """

@@ -8,9 +8,9 @@ import numpy as np
 from torch import Tensor
 
 from bitspike.exporting.emit import Array, Conv, Fine, Program
+from bitspike.exporting.membrane import membrane_table
 from bitspike.exporting.trace import ExportError
 from bitspike.neurons import IELIF, LIF
-from bitspike.quantizers import Membrane
 
 _PLANE = 254  # codes of the fine plane per step of the coarse one
 _MOST = 255  # largest code of kind u8
@@ -166,28 +166,10 @@ class Lowering:
         if module.membrane is None:
             source = program.write("lif", [str(x.source)], layer, decay=program.pair(module.decay), **attributes)
         else:
-            bits, step, table = self._membrane(module.membrane, layer)
+            bits, step, table = membrane_table(module.membrane, program.one, layer)
             decay = list(program.factor(module.decay * step, layer))
             source = program.write("lif_packed", [str(x.source)], layer, decay=decay, bits=bits, table=table, **attributes)
         return self._spikes(x, source, 1, 1.0, T)
-
-    def _membrane(self, membrane: Any, layer: str) -> tuple[int, float, Array]:
-        """(bits, value of one code, table of the potentials at which the code grows by one)."""
-        if not isinstance(membrane, Membrane):
-            raise ExportError(f"{layer}: a LIF neuron whose membrane is a {type(membrane).__name__} cannot be exported; a "
-                              "bitspike.quantizers.Membrane can.")
-        if membrane.scale == "batch":
-            raise ExportError(f'{layer}: a Membrane with scale="batch" depends on the other pictures of the batch and cannot '
-                              'be deployed; train with Scheme("membrane", bits, options={"scale": "running"}), the default.')
-        step = float(membrane.bound.double().clamp_min(1e-12)) / membrane.high
-        code = np.arange(1 - membrane.high, membrane.high + 1)  # reached at half a step below its value
-        edge = (code - 0.5) * step
-        if membrane.tanh:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                edge = np.where(np.abs(edge) < 1, np.arctanh(np.clip(edge, -1, 1)), np.copysign(np.inf, edge))
-        # torch rounds half to even: an even code is reached at its edge, an odd one past it
-        table = np.where(code % 2 == 0, np.ceil(edge * self.program.one), np.floor(edge * self.program.one) + 1)
-        return membrane.bits, step, np.clip(table, -(2.0**31), 2.0**31 - 1).astype(np.int64).astype(np.int32)
 
     def _stateless(self, module: IELIF, x: Value, layer: str) -> Value:
         border = None
