@@ -4,7 +4,8 @@ from __future__ import annotations
 #: package -> extra of pyproject.toml that brings it
 EXTRAS = {"torch": "train", "torchvision": "train", "timm": "train", "accelerate": "train", "safetensors": "train",
           "matplotlib": "plot", "scipy": "search", "optuna": "search", "onnx": "bench", "onnxruntime": "bench", "openvino": "bench",
-          "lz4": "events", "zstandard": "events", "h5py": "events"}
+          "lz4": "events", "zstandard": "events", "h5py": "events", "spikingjelly": "spikingjelly",
+          "snntorch": "snntorch"}
 
 
 class MissingExtra(ImportError):
