@@ -97,12 +97,58 @@ class Builder {
   void lif(int x, Pair decay, Pair gain, int threshold, const std::string& reset, bool strict, int y) {
     require(at(x).kind == Kind::i32, "a neuron reads potentials");
     same(x, y, Kind::u8);
-    require(reset == "hard" || reset == "soft" || reset == "none", "reset must be 'hard', 'soft' or 'none'");
-    const Lif::Reset r = reset == "hard" ? Lif::Reset::hard : reset == "soft" ? Lif::Reset::soft : Lif::Reset::none;
-    Lif p{};
-    p.decay_m = decay.first, p.gain_m = gain.first, p.threshold = threshold, p.decay_s = decay.second;
-    p.gain_s = gain.second, p.reset = r, p.strict = strict, p.steps = at(y).steps;
-    plan_.lif(x, p, y);
+    plan_.lif(x, lif_of(decay, gain, threshold, reset, strict, at(y).steps), y);
+  }
+
+  void lif_packed(int x, Pair decay, Pair gain, int threshold, const std::string& reset, bool strict, int amount,
+                  Numbers table, int y) {
+    require(at(x).kind == Kind::i32, "a neuron reads potentials");
+    same(x, y, Kind::u8);
+    plan_.lif_packed(x, {lif_of(decay, gain, threshold, reset, strict, at(y).steps), amount, nullptr, 0}, copy(table), y);
+  }
+
+  void attention_map(int a, int b, bool over_channels, int heads, int m, int shift, int y) {
+    const Value &va = at(a), &vb = at(b), &vy = at(y);
+    require(heads > 0 && va.channels % heads == 0 && vb.channels == va.channels && vb.positions() == va.positions(), "bad map");
+    const size_t side = over_channels ? va.positions() : va.channels / heads;
+    require(va.kind == Kind::u8 && vb.kind == Kind::u8 && vy.kind == Kind::i32 && size_t(vy.height) == side &&
+                vy.width == heads && size_t(vy.channels) == side && whole(a) && whole(b) && shift >= 0 && shift <= 62,
+            "bad values of a map");
+    plan_.attention_map(a, b, over_channels, heads, m, shift, y);
+  }
+
+  void attention_read(int chosen, int x, bool over_tokens, int heads, Numbers m, int shift, int y) {
+    const Value &vc = at(chosen), &vx = at(x), &vy = at(y);
+    require(heads > 0 && vx.channels % heads == 0 && vy.channels == vx.channels && vy.positions() == vx.positions(), "bad read");
+    const size_t side = over_tokens ? vx.positions() : vx.channels / heads;
+    require(vc.kind == Kind::u8 && vx.kind == Kind::u8 && vy.kind == Kind::i32 && size_t(vc.height) == side &&
+                vc.width == heads && size_t(vc.channels) == side && whole(chosen) && whole(x) && shift >= 0 && shift <= 62 &&
+                (m.size() == size_t(heads) || m.size() == size_t(heads) * vy.steps),
+            "bad values of a reading");
+    plan_.attention_read(chosen, x, over_tokens, heads, copy(m), shift, y);
+  }
+
+  void coincidences(int k, int v, int m, int shift, int y) {
+    const Value &vk = at(k), &vv = at(v), &vy = at(y);
+    require(vk.kind == Kind::u8 && vv.kind == Kind::u8 && vy.kind == Kind::i32 && vy.positions() == 1 &&
+                vk.channels == vv.channels && vk.channels == vy.channels && vk.positions() == vv.positions() && whole(k) &&
+                whole(v) && shift >= 0 && shift <= 62,
+            "bad values of coincidences");
+    plan_.coincidences(k, v, m, shift, y);
+  }
+
+  void add_codes(int a, int b, int y) {
+    same(a, y, Kind::u8);
+    same(b, y, Kind::u8);
+    plan_.add_codes(a, b, y);
+  }
+
+  void mask_codes(int q, int chosen, int y) {
+    same(q, y, Kind::u8);
+    require(at(chosen).kind == Kind::u8 && at(chosen).positions() == 1 && at(chosen).channels == at(q).channels &&
+                whole(chosen),
+            "bad values of a mask");
+    plan_.mask_codes(q, chosen, y);
   }
 
   void ielif(int x, int levels, Pair decay, int fraction_bits, int y) {
@@ -208,6 +254,18 @@ class Builder {
     return *k;
   }
 
+  static Lif lif_of(Pair decay, Pair gain, int threshold, const std::string& reset, bool strict, int steps) {
+    require(reset == "hard" || reset == "soft" || reset == "none", "reset must be 'hard', 'soft' or 'none'");
+    for (const int s : {decay.second, gain.second}) require(s >= 0 && s <= 62, "shifts must be 0..62");
+    const Lif::Reset r = reset == "hard" ? Lif::Reset::hard : reset == "soft" ? Lif::Reset::soft : Lif::Reset::none;
+    Lif p{};
+    p.decay_m = decay.first, p.gain_m = gain.first, p.threshold = threshold, p.decay_s = decay.second;
+    p.gain_s = gain.second, p.reset = r, p.strict = strict, p.steps = steps;
+    return p;
+  }
+
+  bool whole(int i) const { return at(i).where != Value::Where::tile; }
+
   const Value& at(int i) const {
     require(0 <= i && i < values_, "no such value");
     return plan_.at(i);
@@ -275,6 +333,13 @@ void bind_plan(nb::module_& m) {
       .def("affine", &Builder::affine, "x"_a, "m"_a.noconvert(), "b"_a.noconvert(), "s"_a, "y"_a)
       .def("lookup", &Builder::lookup, "x"_a, "table"_a.noconvert(), "y"_a)
       .def("lif", &Builder::lif, "x"_a, "decay"_a, "gain"_a, "threshold"_a, "reset"_a, "strict"_a, "y"_a)
+      .def("lif_packed", &Builder::lif_packed, "x"_a, "decay"_a, "gain"_a, "threshold"_a, "reset"_a, "strict"_a, "amount"_a,
+           "table"_a, "y"_a)
+      .def("attention_map", &Builder::attention_map, "a"_a, "b"_a, "over_channels"_a, "heads"_a, "m"_a, "s"_a, "y"_a)
+      .def("attention_read", &Builder::attention_read, "chosen"_a, "x"_a, "over_tokens"_a, "heads"_a, "m"_a, "s"_a, "y"_a)
+      .def("coincidences", &Builder::coincidences, "k"_a, "v"_a, "m"_a, "s"_a, "y"_a)
+      .def("add_codes", &Builder::add_codes, "a"_a, "b"_a, "y"_a)
+      .def("mask_codes", &Builder::mask_codes, "q"_a, "chosen"_a, "y"_a)
       .def("ielif", &Builder::ielif, "x"_a, "levels"_a, "decay"_a, "fraction_bits"_a, "y"_a)
       .def("mean_time", &Builder::mean_time, "x"_a, "m"_a, "y"_a)
       .def("mean_space", &Builder::mean_space, "x"_a, "m"_a, "y"_a)

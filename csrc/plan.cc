@@ -318,6 +318,80 @@ void Plan::attention(int q, int k, int v, int heads, int32_t m, int shift, int y
   add(run, {q, k, v, y});
 }
 
+void Plan::lif_packed(int x, const PackedLif& given, std::vector<int32_t> table, int y) {
+  const auto run = [this, x, given, table, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    PackedLif p = given;
+    p.table = table.empty() ? nullptr : table.data(), p.entries = static_cast<int>(table.size());
+    const Value &vx = values_[x], &vy = values_[y];
+    const char* from = place(vx, g, tile, capacity, s, 0);
+    char* to = place(vy, g, tile, capacity, s, 0);
+    bitspike::lif_packed(p, reinterpret_cast<const int32_t*>(from), tile.count * vx.channels,
+                         stride(vx, from, place(vx, g, tile, capacity, s, 1)), reinterpret_cast<uint8_t*>(to),
+                         stride(vy, to, place(vy, g, tile, capacity, s, 1)));
+  };
+  add(run, {x, y});
+}
+
+void Plan::attention_map(int a, int b, bool over_channels, int heads, int32_t m, int shift, int y) {
+  const Value& v = values_[a];
+  const Heads size{v.positions(), static_cast<size_t>(heads), static_cast<size_t>(v.channels / heads)};
+  const auto run = [this, a, b, over_channels, m, shift, y, size](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    for (int t = 0; t < values_[y].steps; ++t)
+      bitspike::attention_map(size, over_channels, reinterpret_cast<uint8_t*>(image(values_[a], g, tile.image, t)),
+                              reinterpret_cast<uint8_t*>(image(values_[b], g, tile.image, t)), tile.row0, tile.row1, m, shift,
+                              reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, t)));
+  };
+  add(run, {a, b, y});
+}
+
+void Plan::attention_read(int chosen, int x, bool over_tokens, int heads, std::vector<int32_t> m, int shift, int y) {
+  const Value& v = values_[x];
+  const Heads size{v.positions(), static_cast<size_t>(heads), static_cast<size_t>(v.channels / heads)};
+  const auto run = [=](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    const size_t first = static_cast<size_t>(tile.row0) * values_[y].width;
+    for (int t = 0; t < values_[y].steps; ++t)
+      bitspike::attention_read(size, over_tokens, reinterpret_cast<uint8_t*>(image(values_[chosen], g, tile.image, t)),
+                               reinterpret_cast<uint8_t*>(image(values_[x], g, tile.image, t)), first, tile.count,
+                               m.data() + (m.size() > size.heads ? t * size.heads : 0), shift,
+                               reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, t)));
+  };
+  add(run, {chosen, x, y});
+}
+
+void Plan::coincidences(int k, int v, int32_t m, int shift, int y) {
+  const auto run = [=](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    const Value& in = values_[k];
+    for (int t = 0; t < values_[y].steps; ++t)
+      for (size_t i = 0; i < tile.count; ++i)  // the output has one position per image
+        bitspike::coincidences(reinterpret_cast<uint8_t*>(image(in, g, tile.first + i, t)),
+                               reinterpret_cast<uint8_t*>(image(values_[v], g, tile.first + i, t)), in.positions(),
+                               in.channels, m, shift,
+                               reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, t)) + i * in.channels);
+  };
+  add(run, {k, v, y});
+}
+
+void Plan::add_codes(int a, int b, int y) {
+  const auto run = [=](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    for (int t = 0; t < values_[y].steps; ++t)
+      bitspike::add_codes(reinterpret_cast<uint8_t*>(place(values_[a], g, tile, capacity, s, t)),
+                          reinterpret_cast<uint8_t*>(place(values_[b], g, tile, capacity, s, t)),
+                          tile.count * values_[y].channels,
+                          reinterpret_cast<uint8_t*>(place(values_[y], g, tile, capacity, s, t)));
+  };
+  add(run, {a, b, y});
+}
+
+void Plan::mask_codes(int q, int chosen, int y) {
+  const auto run = [=](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    for (int t = 0; t < values_[y].steps; ++t)
+      bitspike::mask_codes(reinterpret_cast<uint8_t*>(place(values_[q], g, tile, capacity, s, t)),
+                           reinterpret_cast<uint8_t*>(image(values_[chosen], g, tile.image, t)), tile.count,
+                           values_[y].channels, reinterpret_cast<uint8_t*>(place(values_[y], g, tile, capacity, s, t)));
+  };
+  add(run, {q, chosen, y});
+}
+
 void Plan::mean_space(int x, int32_t m, int y) {
   const auto run = [this, x, m, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
     const Value& v = values_[x];

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "spiking.h"
 
 namespace bitspike {
 
@@ -104,10 +105,17 @@ class Plan {
   void affine(int x, std::vector<int32_t> m, std::vector<int32_t> b, int shift, int y);
   void lookup(int x, const int8_t* table, int y);
   void lif(int x, const Lif&, int y);
+  void lif_packed(int x, const PackedLif&, std::vector<int32_t> table, int y);
   void ielif(int x, const IeLif&, int y);
   void mean_time(int x, int32_t m, int y);
   void maxpool(int x, const Pool&, int y);
   void attention(int q, int k, int v, int heads, int32_t m, int shift, int y);
+  void attention_map(int a, int b, bool over_channels, int heads, int32_t m, int shift, int y);
+  // m: [steps or 1, heads]
+  void attention_read(int chosen, int x, bool over_tokens, int heads, std::vector<int32_t> m, int shift, int y);
+  void coincidences(int k, int v, int32_t m, int shift, int y);
+  void add_codes(int a, int b, int y);
+  void mask_codes(int q, int chosen, int y);
   void mean_space(int x, int32_t m, int y);
   // logits = float(output) * scale; arena_bytes: per image.
   void done(int output, float scale, size_t arena_bytes);

@@ -10,7 +10,7 @@ import pytest
 from bitspike.deploy import Net, kernels, plan
 from bitspike.deploy.artifact import encode, pack_codes, parse
 from bitspike.deploy.errors import KernelError
-from bitspike.deploy.program import Program
+from bitspike.deploy.program import OPS, Program
 
 from .random_programs import random_artifact, random_images
 
@@ -241,3 +241,22 @@ def test_several_threads_share_one_net_and_its_plan():
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(lambda n: net(images, threads=1 + n % 3), range(24)):
             np.testing.assert_array_equal(found, wanted)
+
+
+@compiled_sets
+@pytest.mark.parametrize("missing", ["lif", "affine", "mean", "coincidences", "quantize", "conv"])
+def test_ops_without_a_kernel_are_left_to_their_definition(missing: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plan, "_COMPILED", {name: known for name, known in plan._COMPILED.items() if name != missing})
+    kernels.use(kernels.available()[-1])
+    left = 0
+    for seed in range(8):
+        net = net_of(seed, length=20)
+        images = random_images(net.header, 3, seed)
+        np.testing.assert_array_equal(net(images, threads=2), by_trace(net, images))
+        left += not net._compiled[kernels.active()].whole
+        assert len(net.explain(images, repeats=1)) == len(plan.lay_out(net.program).stages)
+    assert left > 0
+
+
+def test_every_op_of_the_format_has_a_compiled_step():
+    assert set(plan._COMPILED) == set(OPS)

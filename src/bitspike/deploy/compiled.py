@@ -119,6 +119,9 @@ class Compiled:
             self.plan.affine(x, m, b, a["s"], y)
         elif op.name == "lookup":
             self.plan.lookup(x, np.ascontiguousarray(a["table"]), y)
+        elif op.name == "lif_packed" or "amount" in a:
+            amount, table = a.get("amount", a["threshold"]), np.ascontiguousarray(a.get("table", np.empty(0)), np.int32)
+            self.plan.lif_packed(x, a["decay"], a["gain"], a["threshold"], a["reset"], a["strict"], amount, table, y)
         elif op.name == "lif":
             self.plan.lif(x, a["decay"], a["gain"], a["threshold"], a["reset"], a["strict"], y)
         elif op.name == "ielif":
@@ -127,6 +130,18 @@ class Compiled:
             (self.plan.mean_time if a["over"] == "time" else self.plan.mean_space)(x, a["m"], y)
         elif op.name == "maxpool":
             self.plan.maxpool(x, a["kernel"], a["stride"], a["padding"], y)
+        elif op.name == "sum":
+            self.plan.add_codes(x, self._ids[op.inputs[1]], y)
+        elif op.name == "mask":
+            self.plan.mask_codes(x, self._ids[op.inputs[1]], y)
+        elif op.name == "coincidences":
+            self.plan.coincidences(x, self._ids[op.inputs[1]], a["m"], a["s"], y)
+        elif op.name == "attention_map":
+            self.plan.attention_map(x, self._ids[op.inputs[1]], a["over"] == "channels", a["heads"], a["m"], a["s"], y)
+        elif op.name == "attention_read":
+            m = np.ascontiguousarray(np.broadcast_to(a["m"], np.broadcast_shapes(np.shape(a["m"]), (1, a["heads"]))), np.int32)
+            read = self._ids[op.inputs[1]]
+            self.plan.attention_read(x, read, a["over"] == "tokens", a["heads"], m.reshape(-1), a["s"], y)
         else:
             q, k, v = (self._ids[name] for name in op.inputs)
             self.plan.attention(q, k, v, a["heads"], a["m"], a["s"], y)

@@ -29,20 +29,27 @@ _COMPILED: dict[str, frozenset[str]] = {
     "affine": frozenset({"m", "s", "b"}),
     "add": frozenset(),
     "attention": frozenset({"heads", "m", "s"}),
+    "attention_map": frozenset({"over", "heads", "m", "s"}),
+    "attention_read": frozenset({"over", "heads", "m", "s"}),
+    "coincidences": frozenset({"m", "s"}),
+    "sum": frozenset(),
+    "mask": frozenset(),
     "maxpool": frozenset({"kernel", "stride", "padding"}),
     "mean": frozenset({"over", "m"}),
-    "lif": frozenset({"decay", "gain", "threshold", "reset", "steps", "strict"}),
+    "lif": frozenset({"decay", "gain", "threshold", "reset", "steps", "strict", "amount"}),
+    "lif_packed": frozenset({"decay", "gain", "threshold", "reset", "steps", "strict", "bits", "table", "amount"}),
     "ielif": frozenset({"levels", "decay", "steps", "fraction_bits"}),
 }
-_ELEMENTWISE = frozenset({"lookup", "quantize", "affine", "add", "lif", "ielif"})  # and the mean over time
+_OPTIONAL = {"amount"}
+_ELEMENTWISE = frozenset({"lookup", "quantize", "affine", "add", "sum", "lif", "lif_packed", "ielif"})  # and the mean over time
 
 
 def compiled(op: Op) -> bool:
     """Whether the extension has a step for this op, with these attributes."""
     known = _COMPILED.get(op.name)
-    if known is None or known != set(op.attributes):
+    if known is None or known - _OPTIONAL != set(op.attributes) - _OPTIONAL or not set(op.attributes) <= known:
         return False
-    return all(np.ndim(op.attributes[key]) <= 1 for key in ("m", "b") if key in op.attributes)
+    return op.name == "attention_read" or all(np.ndim(op.attributes[key]) <= 1 for key in ("m", "b") if key in op.attributes)
 
 
 def _elementwise(op: Op) -> bool:
@@ -63,7 +70,7 @@ class Stage:
         if first.name == "conv":
             a = first.attributes
             return a["weight"].shape[1:3] == (1, 1) and a["stride"] == (1, 1) and a["padding"] == (0, 0)
-        return first.name == "mean" or _elementwise(first)
+        return first.name in ("mean", "coincidences") or _elementwise(first)
 
 
 @dataclass(frozen=True)
