@@ -144,8 +144,8 @@ def hour(minutes: int = 60) -> dict[str, Any]:
             pass
         second["t"] += 1_000_000
         if index % (6 * minutes) == 6 * minutes - 1:
-            with open("/proc/self/statm") as file:
-                resident.append(round(int(file.read().split()[1]) * resource.getpagesize() / 1e6, 1))
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident.append(round(pages * resource.getpagesize() / 1e6, 1))
     spent = time.perf_counter() - began
     return {"minutes": minutes, "windows": stream.totals.windows, "events": stream.totals.events, "seconds": round(spent, 1),
             "M_events_per_s": round(stream.totals.events / spent / 1e6, 2), "resident_MB": resident,
@@ -185,7 +185,8 @@ def main() -> None:
                 data = moving_edge(given.events, size)
                 if format == "nmnist":
                     data = data[:given.events // 4]
-                path = Path(folder) / f"synthetic.{ {'dat': 'dat', 'evt2': 'raw', 'evt3': 'raw', 'nmnist': 'bin'}.get(format, format)}"
+                ending = {"evt2": "raw", "evt3": "raw", "nmnist": "bin"}.get(format, format)
+                path = Path(folder) / f"{format}.{ending}"
                 write(path, data, format, size=size if format in ("aedat4", "dat", "evt2", "evt3") else None)
                 result["reading"].append(reading(path, format, given.repeats))
                 tell(result["reading"][-1])

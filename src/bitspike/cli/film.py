@@ -115,7 +115,8 @@ def _gif(pictures: np.ndarray, shares: np.ndarray, names: Sequence[str], decisio
             draw.text((width + panel - 52, y), f"{shares[index, c]:.0%}", colour, large)
             draw.rectangle((width + 12, y + 20, width + panel - 12, y + 25), (36, 42, 50))
             draw.rectangle((width + 12, y + 20, width + 12 + round((panel - 24) * float(shares[index, c])), y + 25), _BAR)
-        _draw_chart(draw, shares, watched, int(order[0]), index, (8, total_height - chart + 8, width + panel - 8, total_height - 8))
+        box = (8, total_height - chart + 8, width + panel - 8, total_height - 8)
+        _draw_chart(draw, shares, watched, int(order[0]), index, box)
         frames.append(canvas.quantize(64, dither=Image.Dither.NONE))
     out = io.BytesIO()
     frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=_durations(decisions), loop=0, optimize=False)
@@ -175,13 +176,15 @@ def _page(pictures: np.ndarray, shares: np.ndarray, names: Sequence[str], decisi
     lines = -(-number // columns)
     sheet = np.zeros((lines * columns, height, width, 3), np.uint8)
     sheet[:number] = pictures
-    sheet = sheet.reshape(lines, columns, height, width, 3).transpose(0, 2, 1, 3, 4).reshape(lines * height, columns * width, 3)
+    sheet = sheet.reshape(lines, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+    sheet = sheet.reshape(lines * height, columns * width, 3)
     png = io.BytesIO()
     Image.fromarray(sheet).quantize(128, dither=Image.Dither.NONE).save(png, "PNG", optimize=True)
+    sheet_url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
     data = {"w": width, "h": height, "columns": columns, "top": min(_TOP, len(names)), "names": list(names),
-            "shares": shares.round(4).tolist(), "stop": [d.stop - decisions[0].start for d in decisions], "step": [d.step for d in decisions],
-            "events": [d.events for d in decisions], "latency": [round(d.latency_ms, 3) for d in decisions],
-            "ms": _durations(decisions), "sheet": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()}
+            "shares": shares.round(4).tolist(), "stop": [d.stop - decisions[0].start for d in decisions],
+            "step": [d.step for d in decisions], "events": [d.events for d in decisions],
+            "latency": [round(d.latency_ms, 3) for d in decisions], "ms": _durations(decisions), "sheet": sheet_url}
     text = json.dumps(data).replace("<", "\\u003c")  # no class name can end the script
     page = _PAGE.replace("WINDOWS", str(number)).replace("W_", str(width)).replace("H_", str(height))
     return page.replace("LAST", html.escape(str(number - 1))).replace("DATA", text).encode()

@@ -54,7 +54,7 @@ def _layout(net: Net, path: Path) -> str | None:
 
 
 def _sensor(net: Net, size: tuple[int, int] | None, extent: tuple[int, int]) -> tuple[int, int]:
-    """(height, width): what the recording says, else what the network was trained on, if the events fit, else what holds them."""
+    """(height, width): what the recording says, else what the network was trained on if the events fit, else just enough."""
     if size is not None:
         return size
     known = _trained(net).get("sensor")
@@ -227,8 +227,8 @@ class _Show:
         totals = self.stream.totals
         times = np.array(totals.latencies_ms or [0.0])
         odd = [f"{number} {what}" for number, what in (
-            (totals.empty, "empty windows"), (totals.late, "late events dropped"), (totals.outside, "events outside the sensor"),
-            (totals.clipped, "events above 255 in a pixel"), (totals.jumps, "jumps of the clock")) if number]
+            (totals.empty, "empty windows"), (totals.late, "late events dropped"),
+            (totals.outside, "events outside the sensor"), (totals.clipped, "events above 255 in a pixel"), (totals.jumps, "jumps of the clock")) if number]
         return Text(f"{totals.windows} windows, {totals.events:,} events, {totals.events_per_second / 1e6:.2f} M events/s; "
                     f"decision after {np.median(times):.2f} ms (median), {times.max():.2f} ms (most)"
                     + (f"; {', '.join(odd)}" if odd else ""))

@@ -102,13 +102,13 @@ def _dataset(name: str, classes: Sequence[str], whole: Recordings, is_test: Tens
     arrays = Arrays(images, whole.labels)
     test = torch.nonzero(is_test).flatten()
     seal = hashlib.sha256(repr((digest, whole.labels.tolist(), trains[val].tolist(), test.tolist())).encode())
-    train: Split = arrays.take(trains[rest])
+    parts: tuple[Split, Split] = (arrays.take(trains[rest]), arrays.take(trains[val]))
     if whole.frames.augment:
         if not whole.store.fast:
             raise DataError(f"{name}: event_augment reads the recordings in random order, which "
                             f"{whole.store.places[0].name} does not allow; unpack the archive and move it away.")
-        train = whole.take(trains[rest])
-    return Dataset(name, tuple(classes), train, arrays.take(trains[val]), arrays.take(test), seal.hexdigest(),
+        parts = (whole.take(trains[rest]), whole.take(trains[val]))  # both: a recipe may train on both
+    return Dataset(name, tuple(classes), *parts, arrays.take(test), seal.hexdigest(),
                    {"sensor": list(whole.sensor), "layout": whole.layout, "window_us": window_us})
 
 

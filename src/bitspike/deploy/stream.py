@@ -103,7 +103,7 @@ class Stream:
         height, width, channels = self.net.input_shape
         if channels != 2 or self.net.input_steps < 2 or self.steps.batch != 1:
             raise StepError(f"{self.net!r} takes {self.net.input_steps} frames of {channels} channels in a batch of "
-                            f"{self.steps.batch}; a stream needs a network of event frames with two channels (OFF, ON), batch 1")
+                            f"{self.steps.batch}; a stream needs a network of event frames with 2 channels (OFF, ON), batch 1")
         if (window_us is None) == (count is None) or (window_us or count or 0) < 1:
             raise ValueError(f"window_us={window_us}, count={count}: give one of them, at least 1")
         every = self.net.time_steps if reset_every is None else reset_every

@@ -139,7 +139,7 @@ class _Member:
 def open_npz(source: Source) -> Stream:
     """Errors: EventError for archives without events. A damaged member is met when it is reached."""
     try:
-        archive = zipfile.ZipFile(source.path)
+        archive = zipfile.ZipFile(source.file)
         names = {Path(name).stem: name for name in archive.namelist()[:64] if name.endswith(".npy")}
         size = None
         if "size" in names:
@@ -176,7 +176,7 @@ def open_hdf5(source: Source) -> Stream:
     except ModuleNotFoundError:
         raise MissingExtra("this recording is HDF5: pip install h5py", name="h5py") from None
     try:
-        file = h5py.File(source.path, "r")
+        file = h5py.File(source.file, "r")
         found = next((file[name] for name in ("CD/events", "events") if name in file), file)
         if isinstance(found, h5py.Dataset):
             names = _columns(found.dtype.names or (), found.name)

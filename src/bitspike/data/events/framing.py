@@ -54,7 +54,8 @@ class Frames:
         for part in filter(None, (word.strip() for word in self.augment.split(","))):
             name, _, value = part.partition("=")
             try:
-                found.append((name, float(value) if value else CHANGES[name][1]))
+                default = CHANGES[name][1]
+                found.append((name, float(value) if value else default))
             except (KeyError, ValueError):
                 raise EventError(f"event augmentation {part!r}; allowed: {', '.join(CHANGES)}, each alone or as name=number, "
                                  "separated by commas.") from None

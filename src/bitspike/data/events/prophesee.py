@@ -110,8 +110,8 @@ def _evt2(source: Source, start: int, order: str, skipped: dict[str, int]) -> It
         for offset, block in source.records(start, order + "u4", "a word"):
             out = native.rows(len(block))
             number, used, fault = native.module.evt2(np.ascontiguousarray(block, "<u4").view(np.uint8), out, state)
-            for kind, counted in zip(("triggers", "vendor words", "events before the first time"), state[2:], strict=True):
-                count(skipped, kind, int(counted))
+            for what, counted in zip(("triggers", "vendor words", "events before the first time"), state[2:], strict=True):
+                count(skipped, what, int(counted))
             state[2:] = 0
             yield Part(out[:16 * number].view(DTYPE), offset, 0)
             if fault:

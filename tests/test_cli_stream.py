@@ -1,0 +1,136 @@
+"""`bitspike run FILE RECORDING`: whole recordings, live streams, GIF and HTML."""
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bitspike.cli import call
+from bitspike.data.events import events, write
+from bitspike.data.events.framing import Frames
+from bitspike.deploy import artifact, load
+
+T, SIDE, CLASSES = 4, 8, ("</script>box", "mug", "pen")
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Path:
+    """A convolution, a LIF and two means; its file says that it was trained on windows of 1 ms of a 16 x 16 sensor."""
+    return make_network(tmp_path / "net.bitspike", {"sensor": [16, 16], "layout": None, "window_us": 1000}, "time")
+
+
+def make_network(path: Path, known: dict | None, by: str) -> Path:
+    random, scheme, width = np.random.default_rng(0), {"kind": "uniform", "bits": 4}, len(CLASSES)
+    tensors = {"w": artifact.pack_codes(random.integers(-8, 8, (width, 3, 3, 2)), scheme), "m": np.full(width, 900, np.int32),
+               "b": random.integers(-9999, 9999, width).astype(np.int32)}
+    program = [
+        {"op": "conv", "in": ["pixels"], "out": "x", "weight": "w", "scheme": scheme, "shape": [width, 2, 3, 3], "stride": [1, 1],
+         "padding": [1, 1], "groups": 1, "m": "m", "s": 3, "b": "b", "range": [0, 255]},
+        {"op": "lif", "in": ["x"], "out": "s", "decay": [1, 1], "gain": [1, 0], "threshold": 1 << 14, "reset": "soft", "steps": T,
+         "strict": False},
+        {"op": "mean", "in": ["s"], "out": "a", "over": "space", "m": 1 << 18},
+        {"op": "mean", "in": ["a"], "out": "logits", "over": "time", "m": 1}]
+    provenance = {"settings": {"frames_by": by}, **({"events": known} if known else {})}
+    artifact.write(path, {
+        "name": "events", "input": {"height": SIDE, "width": SIDE, "channels": 2, "resize": None, "steps": T},
+        "classes": list(CLASSES), "time_steps": T, "fraction_bits": 16, "program": program, "output": "logits",
+        "provenance": provenance}, tensors)
+    return path
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Path:
+    """10 ms of events, 100 a millisecond."""
+    random = np.random.default_rng(1)
+    t = np.arange(1000) * 10 + 5_000_000
+    write(tmp_path / "rec.npz", events(t, random.integers(0, 16, 1000), random.integers(0, 16, 1000),
+                                       random.integers(0, 2, 1000)), "npz", size=(16, 16))
+    return tmp_path / "rec.npz"
+
+
+def test_a_whole_recording(network: Path, recording: Path, tmp_path: Path, capsys):
+    from bitspike.data.events import read
+
+    broken = tmp_path / "broken.dat"
+    broken.write_bytes(b"% Version 2\n\x0c\x08123")
+    assert call(["run", str(network), str(recording), str(broken), "--json"]) == 2
+    out = capsys.readouterr()
+    good, bad = json.loads(out.out)
+    frames = Frames(T, (SIDE, SIDE), "time").of(read(recording).data, (16, 16))
+    logits = load(network)(frames.transpose(0, 2, 3, 1)[:, None])[0]
+    assert [g["index"] for g in good["top"]] == np.argsort(-logits, kind="stable").tolist()
+    assert "broken.dat at byte 14: 3 bytes are left" in bad["error"] and "broken.dat" in out.err
+
+
+def test_a_stream_as_json(network: Path, recording: Path, capsys):
+    assert call(["run", str(network), str(recording), "--stream", "--json", "--threads", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    steps = [d["step"] for d in found["decisions"]]
+    assert steps == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2] and all(d["events"] == 100 for d in found["decisions"])
+    assert found["decisions"][0]["start_us"] == 5_000_000 and found["decisions"][0]["stop_us"] == 5_001_000
+    assert found["totals"]["events"] == 1000 and found["totals"]["late"] == 0
+    assert call(["run", str(network), str(recording), "--stream", "--json", "--never-reset", "--window-events", "300"]) == 0
+    found = json.loads(capsys.readouterr().out)["decisions"]
+    assert [d["events"] for d in found] == [300, 300, 300, 100] and [d["step"] for d in found] == [1, 2, 3, 4]
+
+
+def test_a_stream_as_lines(network: Path, recording: Path, capsys):
+    assert call(["run", str(network), str(recording), "--stream", "-k", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["0.004 s", "0.008 s", "0.010 s"]
+    assert "10 windows, 1,000 events" in lines[3] and "decision after" in lines[3]
+
+
+def test_windows_by_count_as_in_training(recording: Path, tmp_path: Path, capsys):
+    path = make_network(tmp_path / "count.bitspike", None, "count")
+    assert call(["run", str(path), str(recording), "--stream", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["decisions"]
+    assert [d["events"] for d in found] == [250] * 4
+    assert call(["run", str(path), str(recording), "--json"]) == 0
+    (whole,) = json.loads(capsys.readouterr().out)
+    assert whole["top"] == found[-1]["top"], "after T windows, the whole sequence"
+
+
+def test_gif(network: Path, recording: Path, tmp_path: Path, capsys):
+    assert call(["run", str(network), str(recording), "--stream", "--save", str(tmp_path / "a.gif")]) == 0
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == 10 and film.size == (496, 328)
+        film.seek(3)
+        pixels = np.asarray(film.convert("RGB"))[:256, :256]
+    bright = pixels.max(2) > 60
+    assert 0.05 < bright.mean() < 0.6, "events are seen"
+    amber, blue = (pixels[..., 0] > pixels[..., 2] + 40).mean(), (pixels[..., 2] > pixels[..., 0] + 40).mean()
+    assert amber > 0.02 and blue > 0.02
+    assert "wrote" in capsys.readouterr().err
+
+
+def test_page(network: Path, recording: Path, tmp_path: Path):
+    assert call(["run", str(network), str(recording), "--stream", "--save", str(tmp_path / "a.html")]) == 0
+    page = (tmp_path / "a.html").read_text()
+    assert "http" not in page.replace("http-equiv", "") and page.count("</script>") == 1, "nothing else is needed"
+    data = json.loads(re.search(r"const D=(\{.*?\});const I", page)[1])
+    assert data["names"] == list(CLASSES) and len(data["shares"]) == 10 and data["stop"][-1] == 10_000
+    sheet = Image.open(io.BytesIO(base64.b64decode(data["sheet"].partition(",")[2])))
+    assert sheet.size == (data["w"] * data["columns"], data["h"])
+
+
+def test_what_is_refused(network: Path, recording: Path, tmp_path: Path, capsys):
+    def refused(*words: str) -> str:
+        assert call(["run", str(network), str(recording), *words]) == 2
+        return capsys.readouterr().err
+
+    assert "go with --stream" in refused("--save", "x.gif")
+    assert "a .gif or .html of one recording" in refused("--stream", "--save", "x.mp4")
+    assert "give one of --window-us" in refused("--stream", "--window-us", "5", "--window-events", "5")
+    assert "at least 1" in refused("--stream", "--window-us", "0")
+    silent = make_network(tmp_path / "time.bitspike", None, "time")
+    assert call(["run", str(silent), str(recording), "--stream"]) == 2
+    assert "how long is a window?" in capsys.readouterr().err
+    assert call(["run", "cifar10", str(recording), "--stream"]) == 2
+    assert "needs a network of event frames" in capsys.readouterr().err
