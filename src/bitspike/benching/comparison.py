@@ -149,7 +149,7 @@ def benchmark(net: Net, artifact: Path, images: NDArray[np.uint8], pictures: str
             (folder / MODEL.file).symlink_to(plain.absolute())
         np.save(folder / "pixels.npy", images)
         runs = _open_all(engines, folder, images, threads, result, say)
-        if peers and "pytorch eager" in runs:
+        if peers and not missing(MODEL):
             result.same_function = _same_function(net, few)
         result.timings = interleaved(runs, seconds)
         for name in runs:
