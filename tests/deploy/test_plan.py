@@ -187,7 +187,7 @@ def spiking(share: float, batch: int = 3) -> tuple[Net, np.ndarray]:
 @compiled_sets
 def test_the_variant_follows_the_density():
     kernels.use(kernels.available()[-1])
-    for share, expected in ((0.01, "events"), (0.9, "dense")):
+    for share, expected in ((0.01, {"events"}), (0.9, {"dense", "narrow"})):
         net, images = spiking(share)
         wanted = by_trace(net, images)
         for _ in range(3):  # the first call does not know the density yet, the others do
@@ -195,7 +195,7 @@ def test_the_variant_follows_the_density():
         (row,) = [row for row in net.explain(images) if row.layer == "sparse"]
         assert row.density == pytest.approx((images != 0).mean(), abs=0.02)
         if "events" in row.able:
-            assert row.variant == expected
+            assert row.variant in expected
 
 
 @compiled_sets
