@@ -201,6 +201,14 @@ struct Avx2 {
     acc[2] = _mm256_add_epi32(acc[2], _mm256_srai_epi32(_mm256_slli_epi32(part, 8), 24));
     acc[3] = _mm256_add_epi32(acc[3], _mm256_srai_epi32(part, 24));
   }
+  static void flush8_unsigned(I32* acc, I32 part) {
+    const __m256i low = _mm256_set1_epi32(255);
+    acc[0] = _mm256_add_epi32(acc[0], _mm256_and_si256(part, low));
+    acc[1] = _mm256_add_epi32(acc[1], _mm256_and_si256(_mm256_srli_epi32(part, 8), low));
+    acc[2] = _mm256_add_epi32(acc[2], _mm256_and_si256(_mm256_srli_epi32(part, 16), low));
+    acc[3] = _mm256_add_epi32(acc[3], _mm256_srli_epi32(part, 24));
+  }
+  static I32 low_nibbles(I32 v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
   // Appends every channel's number as often as its code says.
   static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
     for (int c = 0; c < channels; c += 32) {

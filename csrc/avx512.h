@@ -164,6 +164,10 @@ struct Avx512 {
   static void flush8(I32* acc, I32 part) {
     for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], _mm512_set1_epi32(1 << 8 * j), part);
   }
+  static void flush8_unsigned(I32* acc, I32 part) {
+    for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], part, _mm512_set1_epi32(1 << 8 * j));
+  }
+  static I32 low_nibbles(I32 v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
   // Appends every channel's number as often as its code says; may write 16 entries too many.
   static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
     __m512i number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -5,6 +5,9 @@
 // are added before the partial sums are flushed into int32 accumulators, so no partial sum can leave -128..127, whatever
 // the order. The int32 accumulators hold because |acc| < 2^31 is a promise of the caller and int32 addition is modulo 2^32.
 //
+// Weights of 4 bits are kept two to a byte, as w + 8, for half the memory traffic, which is what limits these kernels: their
+// partial sums are unsigned, 17 rows of at most 15 each stay below 256, and 8 times the events is taken off at the end.
+//
 // Events of a window are gathered once per output pixel as a list of row numbers; every block of outputs then runs through
 // the list. Lists of the input's pixels are made row by row and kept for the kernel_h rows a window spans.
 #pragma once
@@ -20,15 +23,18 @@ constexpr int kEventSlack = 64;  // entries that may be written past the end of 
 // j * kLanes + i, so that a flush gives outputs in their order.
 template <class V>
 struct EventPacking {
-  size_t rows, vectors, weights, bytes;
+  bool nibbles;
+  size_t rows, vectors, vector_bytes, weights, bytes;
   int8_t* weight;
   int32_t *m, *b;
   int *budget, *fits;
 
   EventPacking(const Conv& c, const void* packed) {
     rows = static_cast<size_t>(c.kernel_h) * c.kernel_w * c.channels;
-    vectors = round_up(c.outputs, V::kBytes) / V::kBytes;
-    weights = rows * vectors * V::kBytes;
+    nibbles = c.weight_lo >= -8 && c.weight_hi <= 7 && c.outputs > V::kBytes;
+    vectors = round_up(c.outputs, nibbles ? 2 * V::kBytes : V::kBytes) / V::kBytes;
+    vector_bytes = nibbles ? V::kBytes / 2 : V::kBytes;
+    weights = rows * vectors * vector_bytes;
     bytes = weights + 2 * vectors * V::kBytes * sizeof(int32_t) + 64;
     char* p = static_cast<char*>(const_cast<void*>(packed));
     weight = reinterpret_cast<int8_t*>(p);
@@ -56,13 +62,22 @@ void events_pack(const Conv& c, void* packed) {
   memset(packed, 0, p.bytes);
   for (size_t v = 0; v < p.vectors;) {
     const size_t n = p.vectors - v < V::kEventRows ? p.vectors - v : V::kEventRows;
-    int8_t* block = p.weight + v * V::kBytes * p.rows;
+    int8_t* block = p.weight + v * p.vector_bytes * p.rows;
     for (size_t byte = 0; byte < n * V::kBytes; ++byte) {
       const size_t in_vector = byte % V::kBytes;
       const size_t o = (v + byte / V::kBytes) * V::kBytes + in_vector % 4 * V::kLanes + in_vector / 4;
       if (o >= static_cast<size_t>(c.outputs)) continue;
       const int8_t* w = c.weight + o * p.rows;
-      for (size_t row = 0; row < p.rows; ++row) block[row * n * V::kBytes + byte] = w[row];
+      if (p.nibbles) {
+        const size_t pair = byte / V::kBytes / 2 * V::kBytes + in_vector;
+        const int shift = byte / V::kBytes % 2 ? 4 : 0;
+        for (size_t row = 0; row < p.rows; ++row) {
+          int8_t& two = block[row * n * p.vector_bytes + pair];
+          two = static_cast<int8_t>(static_cast<uint8_t>(two) | (w[row] + 8) << shift);
+        }
+      } else {
+        for (size_t row = 0; row < p.rows; ++row) block[row * n * V::kBytes + byte] = w[row];
+      }
     }
     v += n;
   }
@@ -116,11 +131,41 @@ void add_events(const int8_t* weight, const uint16_t* list, size_t count, size_t
   }
 }
 
+// The same for weights of 4 bits: vector 2 j in the low halves of bytes, 2 j + 1 in the high ones.
+template <class V, int N>
+void add_nibble_events(const int8_t* weight, const uint16_t* list, size_t count, typename V::I32* acc) {
+  constexpr size_t kRow = static_cast<size_t>(N) * V::kBytes / 2, kBudget = 255 / 15;
+  const typename V::I32 start = V::splat(static_cast<int32_t>(0u - 8u * static_cast<uint32_t>(count)));
+  for (int i = 0; i < 4 * N; ++i) acc[i] = start;
+  while (count > 0) {
+    const size_t now = count < kBudget ? count : kBudget;
+    typename V::I32 part[N];
+    for (int n = 0; n < N; ++n) part[n] = V::zero();
+    for (size_t e = 0; e < now; ++e) {
+      const int8_t* w = weight + list[e] * kRow;
+      for (int n = 0; n < N; n += 2) {
+        const typename V::I32 two = V::load_bytes(w + n / 2 * V::kBytes);
+        part[n] = V::add8(part[n], V::low_nibbles(two));
+        part[n + 1] = V::add8(part[n + 1], V::low_nibbles(V::shift_right_zero(two, 4)));
+      }
+    }
+    for (int n = 0; n < N; ++n) V::flush8_unsigned(acc + 4 * n, part[n]);
+    list += now;
+    count -= now;
+  }
+}
+
 template <class V, int N, class Finish>
 void events_block(const Conv& c, const EventPacking<V>& p, size_t vector, const uint16_t* list, size_t count, size_t y,
                   const typename V::Scale& scale, const Finish& write) {
   typename V::I32 acc[4 * N];
-  add_events<V, N>(p.weight + vector * V::kBytes * p.rows, list, count, *p.budget, acc);
+  const int8_t* weight = p.weight + vector * p.vector_bytes * p.rows;
+  if constexpr (N % 2 == 0) {
+    if (p.nibbles) add_nibble_events<V, N>(weight, list, count, acc);
+    else add_events<V, N>(weight, list, count, *p.budget, acc);
+  } else {
+    add_events<V, N>(weight, list, count, *p.budget, acc);
+  }
   for (int i = 0; i < 4 * N; ++i) {
     const int o = static_cast<int>(vector) * V::kBytes + i * V::kLanes;
     if (o >= c.outputs) break;
