@@ -167,7 +167,8 @@ def test_narrow_weights_take_less_memory(isa):
     def size(variant: str, weights: list[int]) -> int:
         w = np.resize(np.array(weights, np.int8), (64, 3, 3, 64))
         m = np.ones(64, np.int32)
-        return _kernels.OneConv(isa, variant, (5, 5), w, (1, 1), (1, 1), 1, np.zeros(64, np.int16), m, 0, m, (0, 4)).packed_bytes
+        pad = np.zeros(64, np.int16)
+        return _kernels.OneConv(isa, variant, (5, 5), w, (1, 1), (1, 1), 1, pad, m, 0, m, (0, 4)).packed_bytes
 
     if isa == "scalar":
         return  # the definition keeps bytes
