@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -91,7 +92,9 @@ def counts(rng: np.random.Generator, shape: Shape, density: float, levels: int) 
     return x
 
 
-def measure(isa: str, variant: str, shape: Shape, density: float, levels: int, bounds: dict[str, float]) -> dict[str, Any] | None:
+def measure(
+    isa: str, variant: str, shape: Shape, density: float, levels: int, bounds: dict[str, float]
+) -> dict[str, Any] | None:
     """One line of the table; None where the variant does not support the shape."""
     rng = np.random.default_rng(0)
     weights = {"popcount": [-1, 1], "shift": [-4, -2, -1, 0, 1, 2, 4]}.get(variant, list(range(-8, 8)))
@@ -160,8 +163,7 @@ def main() -> None:
                     print(f"{variant:9} {isa:7} {line['shape']:34} density {line['density']:.2f} {line['ms']:8.3f} ms "
                           f"{line['gmacs']:6.0f} GMAC/s {part} {ratio}", flush=True)
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"bounds": bounds, "lines": lines}, file, indent=1)
+        Path(options.json).write_text(json.dumps({"bounds": bounds, "lines": lines}, indent=1))
 
 
 if __name__ == "__main__":
