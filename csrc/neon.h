@@ -208,6 +208,14 @@ struct Neon : NeonCodes<kDot> {
   // -------------------------------------------------------------------------------------------------- events
   static I32 load_bytes(const int8_t* p) { return vreinterpretq_s32_s8(vld1q_s8(p)); }
   static I32 add8(I32 a, const int8_t* p) { return vreinterpretq_s32_s8(vaddq_s8(vreinterpretq_s8_s32(a), vld1q_s8(p))); }
+  static I32 add8(I32 a, I32 b) { return vreinterpretq_s32_s8(vaddq_s8(vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b))); }
+  static I32 opaque(I32 v) {  // a value the compiler knows nothing about
+    __asm__ volatile("" : "+w"(v));
+    return v;
+  }
+  static double spin_popcount(size_t rounds) {
+    return spin_on<Neon>(rounds, 32 * kLanes, [](I32 acc, I32 x) { return count_and(acc, x, opaque(acc)); });
+  }
   // Byte j of every lane goes to accumulator j.
   static void flush8(I32* acc, I32 part) {
     acc[0] = vaddq_s32(acc[0], vshrq_n_s32(vshlq_n_s32(part, 24), 24));
