@@ -133,7 +133,7 @@ _RESETS = ("hard", "soft", "none")
 
 
 def lif_shape(x: Tensor, *, decay: float, gain: float, threshold: float, reset: str, strict: bool, detach: bool, surrogate: int,
-              parameter: float, high: int = 0, tanh: bool = False) -> Any:
+              parameter: float, high: int = 0, tanh: bool = False) -> tuple[Any, ...] | None:
     """What the LIF kernels take for x [T, ...]; None where they do not apply.
 
     surrogate: 0 sigmoid, 1 triangle, 2 arctan, 3 rectangle.
@@ -145,8 +145,7 @@ def lif_shape(x: Tensor, *, decay: float, gain: float, threshold: float, reset: 
         return None
     # eager torch subtracts a number in the dtype of the tensor, but multiplies by it in float32
     threshold = torch.tensor(threshold, dtype=x.dtype).item()
-    return _native_.LifShape(T, x.numel() // T, decay, gain, threshold, _RESETS.index(reset), strict, detach, surrogate,
-                             parameter, high, tanh)
+    return (T, x.numel() // T, decay, gain, threshold, _RESETS.index(reset), strict, detach, surrogate, parameter, high, tanh)
 
 
 def lif_forward(x: Tensor, shape: Any, next_bound: Callable[[Tensor], Tensor] | None,
@@ -157,6 +156,7 @@ def lif_forward(x: Tensor, shape: Any, next_bound: Callable[[Tensor], Tensor] | 
     the last; or `bounds`, float32 [T], known before; or neither.
     """
     s = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    shape = _native_.LifShape(*shape)  # made for each call: what autograd keeps is plain Python
     T, bf16, threads = x.shape[0], x.dtype == torch.bfloat16, torch.get_num_threads()
     addresses = x.data_ptr(), s.data_ptr()
     if next_bound is None:
@@ -175,7 +175,8 @@ def lif_backward(x: Tensor, grad: Tensor, shape: Any, bounds: Tensor | None) -> 
     """Gradient of x from that of the spikes."""
     grad = _like(grad.to(x.dtype), x.stride())
     out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-    _native_.lif_backward(x.data_ptr(), grad.data_ptr(), out.data_ptr(), shape, 0 if bounds is None else bounds.data_ptr(),
+    known = 0 if bounds is None else bounds.data_ptr()
+    _native_.lif_backward(x.data_ptr(), grad.data_ptr(), out.data_ptr(), _native_.LifShape(*shape), known,
                           x.dtype == torch.bfloat16, torch.get_num_threads())
     return out
 

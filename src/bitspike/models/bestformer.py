@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from bitspike.models.blocks import ConvNorm, as_sequence
 from bitspike.models.published import load_renamed, read_weights
+from bitspike.models.reversible import run_blocks
 from bitspike.models.spikformer import MembraneTokenizer, Mlp, lif, lif_attention
 from bitspike.models.spikformer import published_name as spikformer_name
 from bitspike.neurons import LIF
@@ -167,6 +168,8 @@ class BESTformer(nn.Module):
         attention_scale: fixed factor beside the learned strength.
         pooling: which of the tokenizer's four steps halve the resolution: "0011" for CIFAR, "1111" for ImageNet.
         reversible: blocks with an inverse, or with plain residual sums (the baseline).
+        memory: what training keeps for the backward pass: "store" the activations of every block, or "recompute" them from
+            the last block's output: constant memory in depth, for one more forward pass (`models.reversible`).
     Shapes: images [B, C, H, W] or sequences [T, B, C, H, W] -> in training a pair of logits [B, num_classes], of the labels'
     head and of the teacher's; in evaluation their mean [B, num_classes]. `forward_heads` always gives the pair.
     Errors: ValueError for sizes that cannot be meant.
@@ -181,13 +184,17 @@ class BESTformer(nn.Module):
     def __init__(self, channels: int = 384, depth: int = 4, heads: int = 8, mlp_ratio: int = 4, num_classes: int = 10,
                  in_channels: int = 3, time_steps: int = 4, product: str = "qk", neuron: NeuronFactory = lif,
                  map_neuron: NeuronFactory = lif_map, attention_neuron: NeuronFactory = lif_attention,
-                 attention_scale: float = 0.125, pooling: str = "0011", reversible: bool = True) -> None:
+                 attention_scale: float = 0.125, pooling: str = "0011", reversible: bool = True, memory: str = "store") -> None:
         super().__init__()
+        if memory not in ("store", "recompute"):
+            raise ValueError(f"BESTformer: memory={memory!r}; allowed: 'store', 'recompute'.")
+        if memory == "recompute" and not reversible:
+            raise ValueError("BESTformer: memory='recompute' needs blocks with an inverse: reversible=True.")
         if product not in PRODUCTS:
             raise ValueError(f"BESTformer: product={product!r}; allowed: 'qk' (CIFAR), 'kv' (ImageNet).")
         if time_steps < 1 or depth < 1:
             raise ValueError(f"BESTformer: time_steps={time_steps}, depth={depth}; both must be at least 1.")
-        self.time_steps, self.num_classes = time_steps, num_classes
+        self.time_steps, self.num_classes, self.memory = time_steps, num_classes, memory
         self.tokenizer = MembraneTokenizer(in_channels, channels, pooling, neuron)
         block = ReversibleBlock if reversible else PlainBlock
         self.blocks = nn.ModuleList([
@@ -203,8 +210,11 @@ class BESTformer(nn.Module):
         """Images or a sequence -> logits of the x2 stream (labels) and of the x3 stream (teacher), each [B, classes]."""
         x1_TBCHW = self.tokenizer(as_sequence(x, self.time_steps))
         x0_TBCHW = x1_TBCHW
-        for block in self.blocks:
-            x0_TBCHW, x1_TBCHW = block(x0_TBCHW, x1_TBCHW)
+        if self.memory == "recompute" and self.training and torch.is_grad_enabled():
+            x0_TBCHW, x1_TBCHW = run_blocks(self.blocks, x0_TBCHW, x1_TBCHW, recompute=True)  # type: ignore[arg-type]
+        else:
+            for block in self.blocks:
+                x0_TBCHW, x1_TBCHW = block(x0_TBCHW, x1_TBCHW)
         return self.head(x0_TBCHW.mean((3, 4)).mean(0)), self.head2(x1_TBCHW.mean((3, 4)).mean(0))
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -213,14 +223,14 @@ class BESTformer(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------- sizes
-def cifar_4_384(num_classes: int = 10, time_steps: int = 4) -> BESTformer:
+def cifar_4_384(num_classes: int = 10, time_steps: int = 4, reversible: bool = True, memory: str = "store") -> BESTformer:
     """9,314,884 parameters with 10 classes, 9,384,184 with 100; 9.276 M binary weights."""
-    return BESTformer(num_classes=num_classes, time_steps=time_steps)
+    return BESTformer(num_classes=num_classes, time_steps=time_steps, reversible=reversible, memory=memory)
 
 
-def imagenet_8_512(num_classes: int = 1000, time_steps: int = 4) -> BESTformer:
+def imagenet_8_512(num_classes: int = 1000, time_steps: int = 4, memory: str = "store") -> BESTformer:
     """30.18 M parameters; 29.07 M binary weights."""
-    return BESTformer(512, 8, num_classes=num_classes, time_steps=time_steps, product="kv", pooling="1111")
+    return BESTformer(512, 8, num_classes=num_classes, time_steps=time_steps, product="kv", pooling="1111", memory=memory)
 
 
 def dvs_2_256(num_classes: int = 10, time_steps: int = 16, heads: int = 16) -> BESTformer:
@@ -234,10 +244,10 @@ def lif_full() -> LIF:
 
 
 def small(num_classes: int = 10, time_steps: int = 2, channels: int = 128, depth: int = 2, heads: int = 4,
-          pooling: str = "1010", reversible: bool = True) -> BESTformer:
+          pooling: str = "1010", reversible: bool = True, memory: str = "store") -> BESTformer:
     """0.69 M weights, 61 M MACs a step at 32x32: what a CPU core trains in minutes."""
     return BESTformer(channels, depth, heads, num_classes=num_classes, time_steps=time_steps, neuron=lif_full,
-                      pooling=pooling, reversible=reversible)
+                      pooling=pooling, reversible=reversible, memory=memory)
 
 
 # -------------------------------------------------------------------------------------- published weights
