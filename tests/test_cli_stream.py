@@ -30,10 +30,10 @@ def make_network(path: Path, known: dict | None, by: str) -> Path:
     tensors = {"w": artifact.pack_codes(random.integers(-8, 8, (width, 3, 3, 2)), scheme), "m": np.full(width, 900, np.int32),
                "b": random.integers(-9999, 9999, width).astype(np.int32)}
     program = [
-        {"op": "conv", "in": ["pixels"], "out": "x", "weight": "w", "scheme": scheme, "shape": [width, 2, 3, 3], "stride": [1, 1],
-         "padding": [1, 1], "groups": 1, "m": "m", "s": 3, "b": "b", "range": [0, 255]},
-        {"op": "lif", "in": ["x"], "out": "s", "decay": [1, 1], "gain": [1, 0], "threshold": 1 << 14, "reset": "soft", "steps": T,
-         "strict": False},
+        {"op": "conv", "in": ["pixels"], "out": "x", "weight": "w", "scheme": scheme, "shape": [width, 2, 3, 3],
+         "stride": [1, 1], "padding": [1, 1], "groups": 1, "m": "m", "s": 3, "b": "b", "range": [0, 255]},
+        {"op": "lif", "in": ["x"], "out": "s", "decay": [1, 1], "gain": [1, 0], "threshold": 1 << 14, "reset": "soft",
+         "steps": T, "strict": False},
         {"op": "mean", "in": ["s"], "out": "a", "over": "space", "m": 1 << 18},
         {"op": "mean", "in": ["a"], "out": "logits", "over": "time", "m": 1}]
     provenance = {"settings": {"frames_by": by}, **({"events": known} if known else {})}

@@ -90,7 +90,7 @@ def test_damaged_archives_and_recordings(n_mnist: Path, tmp_path: Path):
 
 def test_nothing_is_downloaded(tmp_path: Path):
     for name in event_sets.READERS:
-        with pytest.raises(DataError, match="Nothing is downloaded here: get|is no folder"):
+        with pytest.raises(DataError, match=r"Nothing is downloaded here: get|is no folder"):
             load(name, tmp_path / "none", FRAMES)
     with pytest.raises(DataError, match=r"get airplane\.zip, .* from https://figshare.* unpacked or not"):
         load("cifar10_dvs", tmp_path, FRAMES)

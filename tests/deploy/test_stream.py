@@ -112,16 +112,16 @@ def test_memory_stays_flat(net: Net):
     stream = Stream(net, window_us=1000, reset_every=0)
     events = make(np.arange(0, 100_000, 50))
 
-    def minutes(number: int, first: int) -> int:
-        for i in range(first, first + number):
+    def minutes(number: int) -> int:
+        for _ in range(number):
             events["t"] += 100_000
             for _ in stream.push(events):
                 pass
         return tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()
-    before = minutes(12, 0)
-    after = minutes(30, 12)
+    before = minutes(12)
+    after = minutes(30)
     tracemalloc.stop()
     assert stream.totals.windows > 4000 and after - before < 20_000, (before, after)
 

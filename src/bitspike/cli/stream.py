@@ -228,7 +228,8 @@ class _Show:
         times = np.array(totals.latencies_ms or [0.0])
         odd = [f"{number} {what}" for number, what in (
             (totals.empty, "empty windows"), (totals.late, "late events dropped"),
-            (totals.outside, "events outside the sensor"), (totals.clipped, "events above 255 in a pixel"), (totals.jumps, "jumps of the clock")) if number]
+            (totals.outside, "events outside the sensor"),
+            (totals.clipped, "events above 255 in a pixel"), (totals.jumps, "jumps of the clock")) if number]
         return Text(f"{totals.windows} windows, {totals.events:,} events, {totals.events_per_second / 1e6:.2f} M events/s; "
                     f"decision after {np.median(times):.2f} ms (median), {times.max():.2f} ms (most)"
                     + (f"; {', '.join(odd)}" if odd else ""))

@@ -97,7 +97,8 @@ def test_looking_at_events(times: list[int], x: int, monkeypatch) -> None:
 def test_the_extension_keeps_its_bounds() -> None:
     small = np.zeros(16, np.uint8)
     for name, extra in (("aedat2", (np.zeros(2, np.int64), 0)), ("aedat3", (0,)), ("dat", (np.zeros(2, np.int64),)),
-                        ("evt2", (np.zeros(5, np.int64),)), ("evt3", (np.zeros(9, np.int64),)), ("nmnist", (np.zeros(1, np.int64),))):
+                        ("evt2", (np.zeros(5, np.int64),)), ("evt3", (np.zeros(9, np.int64),)),
+                        ("nmnist", (np.zeros(1, np.int64),))):
         with pytest.raises(ValueError, match="too small"):
             getattr(native.module, name)(np.zeros(64, np.uint8), small, *extra)
     outside = events([0], [3], [0], [1]).view(np.uint8)
