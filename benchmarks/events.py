@@ -45,6 +45,11 @@ def best_of(repeats: int, calls: list[Callable[[], Any]]) -> list[float]:
     return least
 
 
+def array_of(found: Any) -> Any:
+    """Some readers of tonic give (size, events)."""
+    return found[-1] if isinstance(found, tuple) else found
+
+
 def peers_of(format: str) -> dict[str, Read]:
     """Installed peers that read the format: name -> function of the path."""
     found: dict[str, Read] = {}
@@ -57,11 +62,11 @@ def peers_of(format: str) -> dict[str, Read]:
     try:
         from tonic import io as tonic_io
         if format == "aedat2":
-            found["tonic"] = lambda path: tonic_io.read_dvs_128(str(path))[1]
+            found["tonic"] = lambda path: array_of(tonic_io.read_dvs_128(str(path)))
         elif format == "nmnist":
             found["tonic"] = lambda path: tonic_io.read_mnist_file(str(path), np.dtype("i8,i8,i8,i8"))
         elif format == "aedat3":
-            found["tonic"] = lambda path: tonic_io.read_dvs_ibm(str(path))[1]
+            found["tonic"] = lambda path: array_of(tonic_io.read_dvs_ibm(str(path)))
         elif format == "aedat4":
             found["tonic"] = lambda path: tonic_io.read_aedat4(str(path))
     except ImportError:
@@ -74,8 +79,8 @@ def differences(theirs: Any, ours: np.ndarray) -> str:
     if len(theirs) != len(ours):
         return f"number ({len(theirs)})"
     names = theirs.dtype.names or ()
-    columns = names if set(names) == set("txyp") else ("x", "y", "t", "p")
-    found = dict(zip(columns, names, strict=True)) if len(names) == 4 else {}
+    alias = {"on": "p", "f0": "x", "f1": "y", "f2": "t", "f3": "p"}
+    found = {alias.get(name, name): name for name in names}
     return "".join(c for c in "txyp" if c not in found or not np.array_equal(
         np.asarray(theirs[found[c]]).astype(np.int64), ours[c].astype(np.int64))) or "nothing"
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from bitspike.data.events import native
 from bitspike.data.events.core import (
-    DTYPE,
     EventError,
     Part,
     Source,
@@ -59,10 +58,10 @@ def _parts(source: Source, start: int, layout: str, size: tuple[int, int], skipp
         for offset, block in source.records(start, _PAIR, "an event"):
             if not state[0] and int(block["time"][0]) >= 1 << 31:
                 state[:] = 1, int(block["time"][0]) - (1 << 32)
-            out = native.rows(len(block))
+            out = source.rows(len(block))
             number, used, _ = native.module.aedat2(block.view(np.uint8), out, state, LAYOUTS.index(layout))
             count(skipped, "special", used - number)
-            yield Part(out[:16 * number].view(DTYPE), offset, _PAIR.itemsize if number == used else 0)
+            yield Part(source.kept(out, number), offset, _PAIR.itemsize if number == used else 0)
         return
     last: int | None = None
     height, width = size

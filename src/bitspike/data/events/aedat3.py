@@ -19,7 +19,6 @@ import numpy as np
 from bitspike.data.events import native
 from bitspike.data.events.core import (
     BLOCK,
-    DTYPE,
     EventError,
     Part,
     Source,
@@ -74,10 +73,10 @@ def _parts(source: Source, start: int, skipped: dict[str, int]) -> Iterator[Part
         for first in range(0, whole, BLOCK):
             raw = np.frombuffer(source.at(body + first * width, min(BLOCK, whole - first) * width), _POLARITY)
             if native.module is not None:
-                out = native.rows(len(raw))
+                out = source.rows(len(raw))
                 valid, used, _ = native.module.aedat3(raw.view(np.uint8), out, overflow)
                 count(skipped, "marked invalid", used - valid)
-                yield Part(out[:16 * valid].view(DTYPE), body + first * width, width if valid == used else 0)
+                yield Part(source.kept(out, valid), body + first * width, width if valid == used else 0)
                 continue
             bits = raw["bits"]
             keep = bits & 1 != 0

@@ -103,6 +103,30 @@ class Source:
         self.path, self.file = path, file
         self.length = file.seek(0, 2)
         self.head = self.at(0, 4096)
+        self.together: np.ndarray | None = None  # uint8: where `read` wants all events behind each other
+        self._filled = 0
+
+    def rows(self, number: int) -> np.ndarray:
+        """Room for that many events, uint8 [16 * number], not cleared; `kept` says how many were written into it."""
+        size = number * DTYPE.itemsize
+        if self.together is not None and self._filled + size <= len(self.together):
+            return self.together[self._filled:self._filled + size]
+        return np.empty(size, np.uint8)
+
+    def kept(self, rows: np.ndarray, number: int) -> np.ndarray:
+        """The first `number` events of what `rows` gave, `DTYPE` [number]; the next room lies behind them."""
+        used = rows[:number * DTYPE.itemsize]
+        if self.together is not None and number and np.may_share_memory(used, self.together):
+            self._filled += len(used)
+        return used.view(DTYPE)
+
+    def joined(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
+        """`join` of pieces that were decoded from here; without a copy if they lie in `together`."""
+        total = sum(map(len, pieces)) * DTYPE.itemsize
+        if self.together is not None and total and total == self._filled and all(
+                np.may_share_memory(piece, self.together) for piece in pieces if len(piece)):
+            return self.together[:total].view(DTYPE)
+        return join(pieces)
 
     def at(self, offset: int, count: int) -> bytes:
         """`count` bytes from `offset`, fewer at the end of the file."""

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bitspike.data.events import native
-from bitspike.data.events.core import DTYPE, Part, Source, check_writable, count, events, unwrap
+from bitspike.data.events.core import Part, Source, check_writable, count, events, unwrap
 from bitspike.data.events.raw_words import raw_header, time_words
 
 Y, X, BASE, VECTOR12, VECTOR8, LOW, CONTINUED4, HIGH, TRIGGER, OTHER, CONTINUED12 = 0, 2, 3, 4, 5, 6, 7, 8, 10, 14, 15
@@ -106,12 +106,12 @@ def _native(source: Source, start: int, order: str, skipped: dict[str, int]) -> 
         words = np.ascontiguousarray(block, "<u2")
         begin = fault = 0
         while begin < len(words) and not fault:
-            out = native.rows(max(12, len(words) - begin) + 12)
+            out = source.rows(max(12, len(words) - begin) + 12)
             number, used, fault = native.module.evt3(words[begin:].view(np.uint8), out, state)
             for kind, counted in zip(("triggers", "vendor words", "events before the first time"), state[6:], strict=True):
                 count(skipped, kind, int(counted))
             state[6:] = 0
-            yield Part(out[:16 * number].view(DTYPE), offset + 2 * begin, 0)
+            yield Part(source.kept(out, number), offset + 2 * begin, 0)
             begin += used
         if fault:
             what = (f"a word of the reserved type {int(words[begin]) >> 12:#x}" if fault == 1

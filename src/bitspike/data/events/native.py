@@ -26,11 +26,6 @@ def _load() -> Any:
 module: Any = _load()
 
 
-def rows(number: int) -> np.ndarray:
-    """Room for that many events: uint8 [16 * number], not cleared."""
-    return np.empty(number * DTYPE.itemsize, np.uint8)
-
-
 def as_bytes(data: np.ndarray) -> np.ndarray | None:
     """Events [N] as uint8 [16 N] without a copy; None where the extension cannot look at them."""
     if module is None or data.dtype != DTYPE or data.ndim != 1 or not data.flags.c_contiguous:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bitspike.data.events import native
-from bitspike.data.events.core import DTYPE, EventError, Part, Source, Stream, check_writable, events
+from bitspike.data.events.core import EventError, Part, Source, Stream, check_writable, events
 
 _RECORD = np.dtype([("x", "u1"), ("y", "u1"), ("high", "u1"), ("low", ">u2")])
 _OVERFLOW_Y, _OVERFLOW = 240, 1 << 13
@@ -43,9 +43,9 @@ def _parts(source: Source) -> Iterator[Part]:
     if native.module is not None:
         state = np.zeros(1, np.int64)
         for offset, block in source.records(0, _RECORD, "an event"):
-            out = native.rows(len(block))
+            out = source.rows(len(block))
             number, used, _ = native.module.nmnist(block.view(np.uint8), out, state)
-            yield Part(out[:16 * number].view(DTYPE), offset, 5 if number == used else 0)
+            yield Part(source.kept(out, number), offset, 5 if number == used else 0)
         return
     turns = 0
     for offset, block in source.records(0, _RECORD, "an event"):

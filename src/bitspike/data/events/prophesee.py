@@ -14,7 +14,6 @@ import numpy as np
 
 from bitspike.data.events import evt3, native
 from bitspike.data.events.core import (
-    DTYPE,
     EventError,
     Part,
     Source,
@@ -76,9 +75,9 @@ def _dat(source: Source, start: int) -> Iterator[Part]:
     if native.module is not None:
         state = np.zeros(2, np.int64)
         for offset, block in source.records(start + 2, _DAT, "an event"):
-            out = native.rows(len(block))
+            out = source.rows(len(block))
             number, _, fault = native.module.dat(block.view(np.uint8), out, state)
-            yield Part(out[:16 * number].view(DTYPE), offset, 8)
+            yield Part(source.kept(out, number), offset, 8)
             if fault:
                 raise _bad_polarity(source, offset + 8 * number, int(block["bits"][number]) >> 28)
         return
@@ -108,12 +107,12 @@ def _evt2(source: Source, start: int, order: str, skipped: dict[str, int]) -> It
     if native.module is not None:
         state = np.zeros(5, np.int64)
         for offset, block in source.records(start, order + "u4", "a word"):
-            out = native.rows(len(block))
+            out = source.rows(len(block))
             number, used, fault = native.module.evt2(np.ascontiguousarray(block, "<u4").view(np.uint8), out, state)
             for what, counted in zip(("triggers", "vendor words", "events before the first time"), state[2:], strict=True):
                 count(skipped, what, int(counted))
             state[2:] = 0
-            yield Part(out[:16 * number].view(DTYPE), offset, 0)
+            yield Part(source.kept(out, number), offset, 0)
             if fault:
                 raise _reserved(source, offset + 4 * used, int(block[used]))
         return

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from bitspike.data.events import aedat2, aedat3, aedat4, arrays, evt3, nmnist, prophesee
+from bitspike.data.events import aedat2, aedat3, aedat4, arrays, evt3, native, nmnist, prophesee
 from bitspike.data.events.core import EventError, Events, Source, Stream, first_outside, join
 
 _Writer = Callable[[BinaryIO, np.ndarray, "tuple[int, int] | None"], None]
@@ -133,6 +133,10 @@ def read_from(file: BinaryIO, name: Path | str, *, on_error: str = "raise", layo
     source = Source(Path(name), file)
     held: list[np.ndarray] = []
     stream = Stream("unknown", None, iter(()), {})
+    if native.module is not None and source.length < 1 << 30:
+        with contextlib.suppress(MemoryError):  # then the pieces are copied together, as they are for larger files
+            # an event takes 2 bytes or more, but for dense vectors of EVT 3.0; what is not touched takes no memory
+            source.together = np.empty(source.length * 8 + 4096, np.uint8)
     problem = None
     if on_error not in ("raise", "prefix"):
         raise EventError(f"on_error={on_error!r}; allowed: 'raise', 'prefix'.")
@@ -144,7 +148,7 @@ def read_from(file: BinaryIO, name: Path | str, *, on_error: str = "raise", layo
         if on_error == "raise":
             raise
         problem = error
-    data = held[0] if len(held) == 1 and held[0].flags.writeable else join(held)
+    data = held[0] if len(held) == 1 and held[0].flags.writeable else source.joined(held)
     return Events(data, stream.size, stream.format, dict(stream.skipped), problem)
 
 
