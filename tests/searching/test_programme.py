@@ -50,7 +50,8 @@ def test_equals_brute_force(costs, damages, where, limits):
                     energy_pj=at["energy"] if "energy" in limits else None)
 
     def fits(t, slack):
-        return ((budget.bits is None or t.bits <= budget.bits * (1 + slack)) and (budget.bytes is None or t.bytes <= budget.bytes)
+        return ((budget.bits is None or t.bits <= budget.bits * (1 + slack))
+                and (budget.bytes is None or t.bytes <= budget.bytes)
                 and (budget.energy_pj is None or t.energy_pj <= budget.energy_pj * (1 + slack)))
 
     allowed = [d for _, t, d in totals if fits(t, 0)]
@@ -71,7 +72,7 @@ def test_any_budget_that_a_choice_uses_up_exactly_is_met(weights, data):
     damage = table(space, data.draw(st.lists(st.floats(0, 1), min_size=30, max_size=30)))
     row = Row("bits", used, sum(used[n][s] for n, s in target.items()))
     choice = solve(space.layers, damage, [row])
-    best = min((sum(damage[n][s] for n, s in c.items()) for c in everything(space) if row.used(c) <= row.limit))
+    best = min(sum(damage[n][s] for n, s in c.items()) for c in everything(space) if row.used(c) <= row.limit)
     assert choice is not None and row.used(choice) <= row.limit
     assert sum(damage[n][s] for n, s in choice.items()) <= best + 1e-6
 

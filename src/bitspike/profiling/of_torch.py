@@ -1,6 +1,7 @@
 """Profile a torch model by watching it run: hooks on layers and neurons, a function mode for what has no module."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,12 +85,12 @@ class _Watch(TorchFunctionMode):
         for handle in self.handles:
             handle.remove()
 
-    def start(self, images: Tensor) -> None:
-        """Forget what belongs to the batch before."""
-        self.sequences = images.dim() == 5
-        self.batch = images.shape[-4]
-        if self.sequences:
-            self.steps = images.shape[0]
+    def start(self, batch: int, steps: int | None) -> None:
+        """Forget what belongs to the batch before. steps: of sequences; None for single images."""
+        self.sequences = steps is not None
+        self.batch = batch
+        if steps is not None:
+            self.steps = steps
         self.sources.clear()
         self.masked.clear()
         self.products_of.clear()
@@ -251,24 +252,30 @@ def _as_published(model: nn.Module, operations: list[Operation]) -> list[Operati
 
 
 @torch.no_grad()
-def profile_model(model: nn.Module, images: Tensor, *, name: str = "", batch: int = 8) -> Report:
+def profile_model(model: nn.Module, images: Tensor, *, name: str = "", batch: int = 8,
+                  forward: Callable[[nn.Module, Tensor], Any] | None = None) -> Report:
     """Run the model (in evaluation mode) on normalised images [B, C, H, W] or sequences [T, B, C, H, W] and count.
 
-    See `bitspike.profile`.
+    forward: (model, samples) -> logits, where the model is not simply called; the samples then have any shape with their
+    number in front, sequences [B, T, C, H, W]. See `bitspike.profile`.
     """
-    if images.dim() < 4 or images.shape[-4] == 0:
+    axis = 0 if forward is not None else images.dim() - 4
+    if axis < 0 or images.shape[axis] == 0:
         raise ValueError("profile: no images; give at least one, [B, C, H, W] or [T, B, C, H, W].")
     was_training = model.training
     model.eval()
     watch = _Watch(model)
     try:
         with watch:
-            for part in images.split(batch, images.dim() - 4):
-                watch.start(part)
-                model(part)
+            for part in images.split(batch, axis):
+                watch.start(part.shape[axis], part.shape[1 - axis] if part.dim() == 5 else None)
+                if forward is None:
+                    model(part)
+                else:
+                    forward(model, part)
     finally:
         watch.close()
         model.train(was_training)
     operations = _as_published(model, [seen.operation() for seen in watch.seen.values()])
-    return Report(name or type(model).__name__, "torch model", tuple(operations), images.shape[-4],
+    return Report(name or type(model).__name__, "torch model", tuple(operations), images.shape[axis],
                   watch.spikes / max(1.0, watch.neurons), tuple(watch.residuals), tuple(watch.states))

@@ -105,7 +105,7 @@ def page(report: Mapping[str, Any], commands: Sequence[str] = (), trained: Seque
         parts.append(f"<section><details><summary>Before fine-tuning, on the search's own images</summary>{rest}</details>"
                      "</section>")
     if report["damage"]:
-        chosen = {n: f"{s['kind']}:{s['bits']}" for n, s in searched["layers"].items()}
+        chosen = {n: s["key"] for n, s in searched["layers"].items()}
         parts.append("<section><h2>What each choice hurts</h2><p class=quiet>Divergence of the predictions (nats) when "
                      f"only that layer is quantized; framed: the choice.</p>{_heat(report['damage'], chosen)}</section>")
     if commands:

@@ -11,6 +11,7 @@ from bitspike import cost
 from bitspike.cost import CMOS_45NM, Energy, Operation, Technology
 from bitspike.layers import latent_weight, quantizable
 from bitspike.profiling.of_torch import profile_model
+from bitspike.searching.measure import Forward, call
 from bitspike.searching.space import Choice, SearchError, Space
 from bitspike.spec import Scheme
 
@@ -36,14 +37,14 @@ class Totals:
 class Costs:
     """The cost of every candidate of every layer of one model, on the spikes of given images.
 
-    model: full precision, any `nn.Module`; images: what it is called with. overhead_bytes: what a file holds besides the
-    codes and the two tables of each layer (the program, class names, other tables). Spikes are those of the model as it is:
-    another spec fires a little differently, which the report after training shows.
+    model: full precision, any `nn.Module`; images: what it is called with, by `forward`. overhead_bytes: what a file holds
+    besides the codes and the two tables of each layer (the program, class names, other tables). Spikes are those of the
+    model as it is: another spec fires a little differently, which the report after training shows.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, space: Space, technology: Technology = CMOS_45NM,
-                 overhead_bytes: int = 0) -> None:
-        report = profile_model(model, images)
+                 overhead_bytes: int = 0, forward: Forward = call) -> None:
+        report = profile_model(model, images, forward=forward)
         self.space, self.technology, self.overhead = space, technology, overhead_bytes
         operations = {op.name: op for op in report.layers}
         self.layers: dict[str, Operation] = {}

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from bitspike.layers import make_quantizer, quantizable, quantizer_of
+from bitspike.layers import latent_weight, make_quantizer, quantizable, quantizer_of
 from bitspike.objectives import prediction
 from bitspike.searching.space import SearchError, key_of
 from bitspike.spec import Scheme
@@ -79,7 +78,11 @@ def plain_copy(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model).eval()
     for layer in quantizable(twin).values():
         if quantizer_of(layer) is not None:
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            # torch's own removal edits the layer's class, which the copy shares with the original
+            weight = latent_weight(layer)
+            layer.__class__ = type(layer).__mro__[1]
+            del layer.parametrizations
+            layer.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=weight.requires_grad))
     return twin
 
 

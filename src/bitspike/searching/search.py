@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from bitspike.cost import CMOS_45NM, Technology
@@ -43,7 +42,7 @@ class Point:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         return {"name": self.name, "group": self.group, **self.totals.to_dict(), "top1": self.top1,
-                "divergence": self.divergence, "layers": {n: s.to_dict() for n, s in self.choice.items()}}
+                "divergence": self.divergence, "layers": {n: {**s.to_dict(), "key": key_of(s)} for n, s in self.choice.items()}}
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,7 @@ def search(model: nn.Module, candidates: Sequence[Scheme] | Mapping[str, Sequenc
     say = tell or (lambda text, done, total: None)
     bench = Bench(model, data, forward)
     space = make_space(bench.model, candidates)
-    with torch.no_grad():
-        costs = Costs(_called(bench, forward), data.images[:_PROFILED], space, technology, overhead_bytes)
+    costs = Costs(bench.model, data.images[:_PROFILED], space, technology, overhead_bytes, forward)
     costs.check()
     _reachable(space, costs, limits)
     subject = {"version": 1, "network and data": bench.fingerprint()}
@@ -137,22 +135,6 @@ def search(model: nn.Module, candidates: Sequence[Scheme] | Mapping[str, Sequenc
         choice = blackbox.run(bench, space, costs, limits, picked, seed, folder, say)
     report = _report(bench, space, costs, damage, limits, choice, journal, method, seed, technology, say)
     return space.spec(choice), SearchReport(seconds=time.monotonic() - started, **report)
-
-
-def _called(bench: Bench, forward: Forward) -> nn.Module:
-    """The model, called through `forward`: the profile only knows modules."""
-    if forward is call:
-        return bench.model
-
-    class Called(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = bench.model
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return forward(self.model, images)
-
-    return Called().eval()
 
 
 def _reachable(space: Space, costs: Costs, budget: Budget) -> None:

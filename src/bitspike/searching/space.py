@@ -32,7 +32,9 @@ def key_of(scheme: Scheme) -> str:
     >>> key_of(Scheme("pow2", 3)), key_of(Scheme("binary", options={"scale": "mean"}))
     ('pow2:3', 'binary:1')
     """
-    options = "".join(f",{k}={v}" for k, v in sorted(scheme.options.items()) if FITTING.get(scheme.kind, {}).get(k) != v)
+    fitting = FITTING.get(scheme.kind, {})
+    own = dict(scheme.options) or ({"plain": True} if fitting else {})
+    options = "" if own == fitting else "".join(f",{k}={v}" for k, v in sorted(own.items()))
     return f"{scheme.kind}:{scheme.bits}{'/tensor' if scheme.per == 'tensor' else ''}{options}"
 
 
