@@ -26,7 +26,10 @@ _CALIBRATION, _CHECK = 256, 500
 def _provenance(recipe: Recipe, **more: Any) -> dict[str, Any]:
     import bitspike
 
-    return {"recipe": recipe.name, "data": recipe.data, "image_size": recipe.image_size, "settings": recipe.to_dict(),
+    settings = recipe.to_dict()
+    for name in ("start", "teacher"):  # a file that is handed on does not tell how its author's folders are called
+        settings[name] = Path(settings[name]).name
+    return {"recipe": recipe.name, "data": recipe.data, "image_size": recipe.image_size, "settings": settings,
             "bitspike": bitspike.__version__, **more}
 
 

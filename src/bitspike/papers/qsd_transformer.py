@@ -338,7 +338,7 @@ RECIPES: dict[str, Recipe] = _listed(
     replace(_SMALL, name="qsd_transformer.cifar10_small_float", bits=32,
             claim="ours: the float-weight twin of cifar10_small, not measured yet",
             cost="as cifar10_small. " + _command("qsd_transformer.cifar10_small_float")),
-    replace(_BINARY, claim="ours: at least 84 % in less than 300 kB; see RESULTS.md",
+    replace(_BINARY, claim="ours: 89.75 % in torch, 90.00 % on integers, 296 kB; see RESULTS.md",
             cost="an hour on one CPU core. " + _command(
                 "qsd_transformer.cifar10_binary", " --set distill_logits=0.7 --set teacher=RUN_OF_CIFAR10_SMALL_FLOAT")),
     replace(_SMALL, name="qsd_transformer.cifar10_small_lif", model=compact_spikeformer.compact_lif,
