@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from bitspike.cli.desk import Data, Settings, _console, _overrides
+from bitspike.cli.desk import Data, Settings, _console, _overrides, _wide
 from bitspike.cli.messages import warn
 from bitspike.cli.outputs import check_folder
 
@@ -254,7 +254,7 @@ def _tell_result(report: SearchReport, out: Path, lines: list[str]) -> None:
         t = point.totals
         table.add_row(point.name, f"{t.bits:.2f}", f"{t.bytes:,}", f"{full.totals.bytes / t.bytes:.1f}x",
                       f"{t.energy_pj / 1e6:.2f}", f"{full.totals.energy_pj / t.energy_pj:.1f}x", f"{point.top1:.2f}")
-    console.print(table)
+    _wide(table)
     chosen = ", ".join(f"{name} {scheme.kind} {scheme.bits}" for name, scheme in report.searched.choice.items())
     console.print(f"Chosen: {chosen}.", markup=False)
     console.print(f"In {out}: spec.json, report.json, report.html. Next:\n  " + "\n  ".join(lines), markup=False)

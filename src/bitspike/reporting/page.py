@@ -97,7 +97,7 @@ def page(report: Mapping[str, Any], commands: Sequence[str] = (), trained: Seque
         f"{escape(report['technology'])}.</p><div class=tiles>{''.join(tiles)}</div>",
         f"<section><h2>What accuracy costs</h2><p class=quiet>Top-1 {measured}. Up and to the left is better; the line "
         f"joins what nothing else beats; numbers are average bits.</p>{_svg(front_figure(shown, 'top-1'))}</section>",
-        f"<section><h2>Where the bits went</h2><p class=quiet>In the order of the network.</p>"
+        f"<section><h2>Where the bits went</h2><p class=quiet>In the order in which the network defines them.</p>"
         f"{_svg(bits_figure(searched['layers'], report['layers']))}</section>",
         f"<section><h2>Compared</h2><p class=quiet>Top-1 {measured}.</p>{_point_rows(shown, full)}</section>"]
     if trained:
