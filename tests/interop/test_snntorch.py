@@ -1,6 +1,8 @@
 """snnTorch's networks here: loops over time rolled up, the same spikes and gradients; or a clear error."""
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -126,7 +128,7 @@ def test_lapicque(options):
 def test_the_network_of_tutorial_5():
     net, x = Dense(), torch.randn(3, 64) * 2
     ours = convert(net, x)
-    assert (ours.time_steps, list(quantizable(ours))) == (6, ["fc1", "fc2"])
+    assert list(quantizable(ours)) == ["fc1", "fc2"]
     assert check(net, ours, x).largest_difference == 0
     assert ours(torch.randn(7, 64)).shape == (6, 7, 4)  # another batch
     assert [type(m) for m in (ours.lif1, ours.lif2)] == [LIF, LIF]
@@ -139,7 +141,6 @@ def test_the_network_of_tutorial_6(frames, norm):
     net = Convolutional(frames=frames, norm=norm)
     x = torch.randn(*([5] if frames else []), 3, 1, 14, 14) * 2
     ours = convert(net, x)
-    assert ours.time_steps == 5
     check(net, ours, x)
     assert type(ours.conv1) is OverTime
     assert type(net.conv1) is nn.Conv2d
@@ -150,7 +151,7 @@ def test_the_network_of_tutorial_6(frames, norm):
 def test_a_network_of_one_step(last):
     net, x = sequential(**last), torch.randn(3, 1, 14, 14) * 2
     ours = convert(net, x, steps=7)
-    check(net, ours, x)
+    check(net, copy.deepcopy(ours), x)
     check(net, ours, torch.randn(7, 2, 1, 14, 14) * 2)  # a sequence
     assert [type(ours.get_submodule(i)) for i in "01267"] == [OverTime, OverTime, LIF, nn.Flatten, nn.Linear]
     with pytest.raises(ValueError, match=r"inputs of 4 axes \[B, ...\] or sequences \[7, B, ...\], found \[3, 2, 1, 14, 14\]"):

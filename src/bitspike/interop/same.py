@@ -113,11 +113,10 @@ def _neurons(model: nn.Module) -> dict[str, list[str]]:
 
 def _once(converted: nn.Module) -> Run:
     """How the original of this network is run."""
-    repeats = getattr(converted, "repeats", None)
-    if repeats is None:
+    facts = getattr(converted, "meta", {}).get("bitspike", {})
+    if not facts.get("one_step"):
         return lambda model, x: model(x)
-    dims = int(converted.example_dims)  # type: ignore[arg-type]
-    return lambda model, x: [model(x[t] if x.dim() > dims else x) for t in range(int(repeats))]  # type: ignore[arg-type]
+    return lambda model, x: [model(x[t] if x.dim() > facts["dims"] else x) for t in range(facts["time_steps"])]
 
 
 def _record(model: nn.Module, names: list[str], run: Callable[[], Any], cast: torch.dtype | None = None) \

@@ -75,8 +75,7 @@ def convert(model: nn.Module, example: Tensor, *, steps: int | None = None, outp
     for name, neuron in neurons.items():
         root.set_submodule(name, neuron)
     new = torch.fx.GraphModule(root, rolled, type(model).__name__)
-    facts = {"time_steps": T, **({"repeats": T, "example_dims": example.dim()} if roller.count == 1 else {})}
-    vars(new).update(facts)  # plain numbers beside the modules
+    new.meta["bitspike"] = {"time_steps": T, "one_step": roller.count == 1, "dims": example.dim()}  # survives a deep copy
     return new.train(model.training)
 
 
