@@ -2,8 +2,8 @@
 
     python benchmarks/reversible.py --depths 2 4 8 16 [--json FILE]
 
-Every figure is of a fresh process: `peak` is the largest resident memory of a training step above that of the loaded
-model with its gradients (what the kernel counts), `kept` what autograd holds between the forward and the backward pass.
+Every figure is of a fresh process: the largest resident memory of a training step, as the system counts it, less that of
+the loaded model and the size of its gradients; in brackets what autograd holds between the forward and the backward pass.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 
 def _peak_bytes() -> int:
@@ -30,8 +31,7 @@ def measure(memory: str, depth: int, channels: int, batch: int, size: int, steps
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     net = quantize_(BESTformer(channels, depth, 8, memory=memory), PUBLISHED).train()
-    for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
     images = torch.randn(batch, 3, size, size)
     labels = torch.randint(10, (batch,))
     held: dict[int, int] = {}
@@ -54,7 +54,8 @@ def measure(memory: str, depth: int, channels: int, batch: int, size: int, steps
             kept += 2 * depth * 4 * batch * channels * (size // 4) ** 2 // 8
         loss.backward()
         seconds.append(time.perf_counter() - start)
-    return {"peak": _peak_bytes() - before, "kept": kept, "seconds": min(seconds)}
+        net.zero_grad(set_to_none=True)
+    return {"peak": _peak_bytes() - before - gradients, "kept": kept, "seconds": min(seconds)}
 
 
 def main() -> None:
@@ -74,8 +75,9 @@ def main() -> None:
                                  options.steps, options.threads)))
         return
     rows = []
-    print(f"BESTformer, {options.channels} channels, 4 time steps, {options.size}x{options.size}, batch {options.batch}, float32, "
-          f"{options.threads} thread(s)\n\n| depth | stored MiB (kept) | recomputed MiB (kept) | memory | time |\n|---|---|---|---|---|")
+    print(f"BESTformer, {options.channels} channels, 4 time steps, {options.size}x{options.size}, batch {options.batch}, "
+          f"float32, {options.threads} thread(s)\n")
+    print("| depth | stored MiB (kept) | recomputed MiB (kept) | memory | time |\n|---|---|---|---|---|")
     for depth in options.depths:
         found = {}
         for memory in ("store", "recompute"):
@@ -86,11 +88,11 @@ def main() -> None:
             found[memory] = json.loads(done.stdout.splitlines()[-1])
         a, b = found["store"], found["recompute"]
         rows.append({"depth": depth, **found})
-        print(f"| {depth} | {a['peak'] / 2**20:.0f} ({a['kept'] / 2**20:.0f}) | {b['peak'] / 2**20:.0f} ({b['kept'] / 2**20:.0f}) | "
-              f"{b['peak'] / a['peak']:.2f} x ({b['kept'] / a['kept']:.2f} x) | {b['seconds'] / a['seconds']:.2f} x |", flush=True)
+        cells = [f"{x['peak'] / 2**20:.0f} ({x['kept'] / 2**20:.0f})" for x in (a, b)]
+        print(f"| {depth} | {cells[0]} | {cells[1]} | {b['peak'] / a['peak']:.2f} x ({b['kept'] / a['kept']:.2f} x) | "
+              f"{b['seconds'] / a['seconds']:.2f} x |", flush=True)
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        Path(options.json).write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
