@@ -81,7 +81,7 @@ def front_figure(points: Sequence[Point], title: str = "accuracy") -> Figure:
                                 ha="center", fontsize=8, color=colour, fontweight="bold" if big else "normal")
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.4g}"))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel(label, color=QUIET, fontsize=10)
         ax.margins(0.08, 0.12)
