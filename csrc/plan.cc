@@ -206,7 +206,8 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
     const size_t skipped = flat ? 0 : static_cast<size_t>(row0) * c.stride_h * c.width * unit;
     for (int t = 0; t < steps; ++t) {
       const char* from = flat ? place(values_[x], g, tile, capacity, s, t) : image(values_[x], g, tile.image, t);
-      if (layer.choice) look(from + skipped, std::min(read, values_[x].positions() * unit - skipped), s.sample[index]);
+      const size_t all = values_[x].positions() * unit;  // with padding, the last rows may read none of it
+      if (layer.choice && skipped < all) look(from + skipped, std::min(read, all - skipped), s.sample[index]);
       k.run(c, packed, from, row0, row1, epilogue(f, g, tile, capacity, s, t), scratch);
     }
   };
