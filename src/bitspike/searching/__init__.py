@@ -4,7 +4,7 @@
 """
 from bitspike.searching.budget import Budget
 from bitspike.searching.measure import SearchData
-from bitspike.searching.search import METHODS, Point, SearchReport, search, write_report, write_spec
+from bitspike.searching.interface import METHODS, Point, SearchReport, search, write_report, write_spec
 from bitspike.searching.space import CANDIDATES, SearchError, make_space, parse_candidates
 
 __all__ = ["CANDIDATES", "METHODS", "Budget", "Point", "SearchData", "SearchError", "SearchReport", "make_space",
