@@ -92,3 +92,16 @@ def test_unknown_kind():
 def test_every_constant_is_cited():
     assert all(("Horowitz" in line and "pJ" in line) or "assumption" in line for line in cost.describe_constants())
     assert pytest.approx(4.6) == cost.E_MAC_PJ and cost.E_AC_PJ == 0.9
+
+
+def test_arithmetic_by_width():
+    """A network of binary weights and spikes: the bit budget is T, NS-ACE the additions, ends counted at their widths."""
+    first = cost.Operation("first", cost.FIRST, (), 100, 10, 8, 1, 1, steps=4, levels=255)
+    inner = cost.Operation("inner", cost.SPIKE, (), 1000, 10, 1, 1, 1, steps=4, mean_count=0.2)
+    product = cost.Operation("map", cost.ATTENTION, (), 50, 0, 1, 1, 1, steps=4, mean_count=0.5)
+    counts = cost.Operation("counts", cost.COUNT, (), 1000, 10, 4, 1, 1, levels=4, mean_count=0.5)
+    assert cost.bit_budget([first, inner, product]) == 4 and cost.bit_budget([counts]) == 16
+    assert cost.bit_budget([first]) == 0
+    assert [cost.s_ace(op) for op in (first, inner, product, counts)] == [4 * 100 * 64, 4000, 200, 16000]
+    assert [cost.ns_ace(op) for op in (first, inner, product, counts)] == [4 * 100 * 64, 800, 100, 2000]
+    assert cost.ns_ace(inner) == inner.synaptic_ops  # one bit each

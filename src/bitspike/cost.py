@@ -277,6 +277,40 @@ def code_bits(levels: int) -> int:
     return max(1, math.ceil(math.log2(levels + 1)))
 
 
+# ------------------------------------------------------------------------------------ arithmetic by width
+def s_ace(op: Operation) -> float:
+    """Synaptic arithmetic computation effort of a layer: T * MACs * weight bits * input bits, zeros included.
+
+    A count 0..D is D binary steps of one bit, pixels and real-valued inputs have 8. In attention the other side's code
+    takes the place of the weight. Source: Shen et al., "Are conventional SNNs really efficient?", CVPR 2024; how it counts
+    the first layer could not be consulted.
+
+    >>> s_ace(Operation("conv", SPIKE, (), 1000, 10, 1, 1, 1, steps=4, mean_count=0.1))
+    4000
+    """
+    width = op.code_bits if op.kind in (FIRST, DENSE) else op.levels
+    return op.steps * op.macs * op.weight_bits * width
+
+
+def ns_ace(op: Operation) -> float:
+    """Its neuromorphic form: only where there is a spike, so S-ACE times the firing rate.
+
+    >>> ns_ace(Operation("conv", SPIKE, (), 1000, 10, 1, 1, 1, steps=4, mean_count=0.1))
+    400.0
+    """
+    return s_ace(op) if op.kind in (FIRST, DENSE) else op.synaptic_ops * op.weight_bits
+
+
+def bit_budget(ops: Iterable[Operation]) -> float:
+    """T * weight bits * spike bits of a network, the mean over its spike-driven MACs; 0 where there are none.
+
+    >>> bit_budget([Operation("a", SPIKE, (), 9, 9, 1, 1, 1, steps=4), Operation("b", FIRST, (), 9, 9, 32, 1, 1)])
+    4.0
+    """
+    driven = [op for op in ops if op.kind in (SPIKE, COUNT)]
+    return sum(map(s_ace, driven)) / max(1, sum(op.macs for op in driven))
+
+
 # ------------------------------------------------------------------------------------------- arithmetic
 def add_pj(bits: int, on: Technology = CMOS_45NM) -> float:
     """Integer addition: through Horowitz' points at 8 and 32 bits, proportional to the width below 8.

@@ -21,6 +21,7 @@ SIZES = {  # parameters
     sf.spikingformer_cifar_4_256: 4_152_106, sf.spikingformer_cifar_2_384: 5_762_746,
     sf.spikingformer_cifar_4_384: 9_320_122,
     sf.spikingformer_8_384: 16_816_024, sf.spikingformer_8_512: 29_689_384, sf.spikingformer_8_768: 66_338_632,
+    sf.dvs_2_256: 2_566_666, sd.dvs_2_256: 2_566_666,
     sd.cifar_2_512: 10_233_418, sd.imagenet_8_384: 16_816_024, sd.imagenet_6_512: 23_373_352,
     sd.imagenet_8_512: 29_689_384, sd.imagenet_10_512: 36_005_416, sd.imagenet_8_768: 66_338_632,
 }

@@ -245,7 +245,7 @@ def lif_full() -> LIF:
 
 def small(num_classes: int = 10, time_steps: int = 2, channels: int = 128, depth: int = 2, heads: int = 4,
           pooling: str = "1010", reversible: bool = True, memory: str = "store") -> BESTformer:
-    """0.69 M weights, 61 M MACs a step at 32x32: what a CPU core trains in minutes."""
+    """0.64 M weights, 61 M MACs a step at 32x32: what a CPU core trains in minutes."""
     return BESTformer(channels, depth, heads, num_classes=num_classes, time_steps=time_steps, neuron=lif_full,
                       pooling=pooling, reversible=reversible, memory=memory)
 

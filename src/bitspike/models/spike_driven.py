@@ -159,6 +159,11 @@ def cifar_2_512(num_classes: int = 10, time_steps: int = 4) -> SpikeDrivenTransf
     return SpikeDrivenTransformer(512, 2, num_classes=num_classes, time_steps=time_steps)
 
 
+def dvs_2_256(num_classes: int = 10, time_steps: int = 10) -> SpikeDrivenTransformer:
+    """For event frames of 128x128 with two polarities: 2.57 M parameters."""
+    return SpikeDrivenTransformer(256, 2, num_classes=num_classes, in_channels=2, time_steps=time_steps, pooling="1111")
+
+
 def imagenet_8_384(num_classes: int = 1000, time_steps: int = 4) -> SpikeDrivenTransformer:
     """16.81 M parameters."""
     return _imagenet(384, 8, num_classes, time_steps)

@@ -265,6 +265,12 @@ def cifar_4_384(num_classes: int = 10, time_steps: int = 4) -> Spikformer:
     return _cifar(384, 4, 12, num_classes=num_classes, time_steps=time_steps)
 
 
+def dvs_2_256(num_classes: int = 10, time_steps: int = 16, heads: int = 16, shortcut: str = "spike") -> Spikformer:
+    """Spikformer (shortcut "membrane": Spikingformer) for event frames of 128x128, two polarities: 2.57 M parameters."""
+    return Spikformer(256, 2, heads, num_classes=num_classes, in_channels=2, time_steps=time_steps, shortcut=shortcut,
+                      pooling="1111")
+
+
 def imagenet_8_384(num_classes: int = 1000, time_steps: int = 4, heads: int = 8) -> Spikformer:
     """Spikformer, 16.81 M parameters."""
     return _imagenet(384, 8, heads, num_classes=num_classes, time_steps=time_steps)

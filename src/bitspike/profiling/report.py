@@ -99,7 +99,8 @@ class Report:
                 "weights": op.weights, "packed_bytes": op.packed_bytes, "macs": op.macs, "steps": op.steps,
                 "input_levels": op.levels, "mean_count": op.mean_count if spikes else None,
                 "density": op.density if spikes else None,
-                "synaptic_ops": op.synaptic_ops, "literature_pj": cost.literature_pj(op),
+                "synaptic_ops": op.synaptic_ops, "s_ace": cost.s_ace(op), "ns_ace": cost.ns_ace(op),
+                "literature_pj": cost.literature_pj(op),
                 "bit_aware_pj": cost.bit_aware(op, self.weight_bytes).total_pj,
                 "quantized_ann_pj": cost.quantized_ann(op, self.weight_bytes).total_pj}
 
@@ -109,6 +110,8 @@ class Report:
                   "published_params_m": cost.published_params_m(self.sizes),
                   "published_bytes": cost.published_bytes(self.sizes), "macs": self.macs, "products": self.products,
                   "synaptic_ops": self.synaptic_ops, "spikes_per_neuron": self.spikes_per_neuron,
+                  "s_ace": sum(map(cost.s_ace, self.layers)), "ns_ace": sum(map(cost.ns_ace, self.layers)),
+                  "bit_budget": cost.bit_budget(self.layers),
                   "literature_pj": self.literature_pj, "published_pj": self.published_pj,
                   "bit_aware": _parts(self.bit_aware), "quantized_ann": _parts(self.quantized_ann),
                   "ms_per_image": self.ms_per_image, "instructions": self.instructions, "threads": self.threads}
@@ -149,6 +152,9 @@ class Report:
                                      f"{cost.published_bytes(self.sizes) / 1e6:.3f} MB (weights * bits / 8)"),
             ("operations", f"{quantity(self.synaptic_ops)} additions on spikes and {quantity(self.products)} products; "
                            f"dense: {quantity(self.macs)} MACs a step"),
+            ("arithmetic by width", f"NS-ACE {quantity(sum(map(cost.ns_ace, self.layers)))}, S-ACE "
+                                    f"{quantity(sum(map(cost.s_ace, self.layers)))} bit operations; bit budget "
+                                    f"{cost.bit_budget(self.layers):.3g} (T x weight bits x spike bits)"),
             ("spikes per neuron", f"{self.spikes_per_neuron:.3f}"),
             ("energy 1, literature", f"{energy(self.literature_pj)} (as the papers count: {energy(self.published_pj)})"),
             ("energy 2, bit-aware", _told(two)),
