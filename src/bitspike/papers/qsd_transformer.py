@@ -352,9 +352,9 @@ RECIPES: dict[str, Recipe] = _listed(
             cost="60 epochs of 2.1 G MACs an image forward: 1.9e16 MACs, a GPU. "
                  + _command("qsd_transformer.cifar100_transfer", " --set model_options.start=PATH")),
     Recipe("qsd_transformer.cifar10_dvs", meta_spikeformer.dvs_small, {"num_classes": 10, "time_steps": 16}, bits=4,
-           objective=fine_grained_distillation, data="cifar10_dvs", image_size=128, mean=(0.0, 0.0), std=(1.0, 1.0),
-           flip="random", translate=5, epochs=200, batch_size=32, optimizer="adamw", lr=1e-3, weight_decay=0.05,
+           objective=fine_grained_distillation, data="cifar10_dvs", image_size=128, frames=16, mean=(0.0, 0.0),
+           std=(1 / 255,), flip="random", translate=5, translate_pad="zero", epochs=200, batch_size=32, optimizer="adamw", lr=1e-3, weight_decay=0.05,
            warmup_epochs=10, min_lr=1e-5, grad_clip=1.0, precision="bf16", ema=0.999, label_smoothing=0.1,
            claim=_NO_CLAIM, cost="a GPU. " + _command("qsd_transformer.cifar10_dvs"),
-           notes="Schedule, size and number of frames are ours. Needs a reader for the events, which is not built yet."),
+           notes="Schedule, size and number of frames are ours; frames hold equal numbers of events."),
 )
