@@ -114,7 +114,7 @@ def test_run_damaged_network(colours, photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments,says", [
-    ((), None), (("walk",), "walk"), (("run",), "FILE"), (("run", "a.bitspike"), "IMAGES"), (("train", "x"), "--out"),
+    ((), None), (("walk",), "walk"), (("run",), "FILE"), (("run", "a.bitspike"), "INPUTS"), (("train", "x"), "--out"),
     (("recipes", "--colour"), "--colour")])
 def test_wrong_usage(arguments, says, capsys):
     code = call(*arguments)

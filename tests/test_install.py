@@ -72,4 +72,10 @@ def test_doctests(name):
     if name == "bitspike.__main__":
         return
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
-    assert doctest.testmod(importlib.import_module(name), optionflags=flags).failed == 0
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        pytest.skip(f"{error.name} is not installed: pip install 'bitspike[{EXTRAS[error.name]}]'")
+    assert doctest.testmod(module, optionflags=flags).failed == 0

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 #: package -> extra of pyproject.toml that brings it
 EXTRAS = {"torch": "train", "torchvision": "train", "timm": "train", "accelerate": "train", "safetensors": "train",
-          "matplotlib": "plot", "scipy": "search", "optuna": "search", "onnx": "bench", "onnxruntime": "bench", "openvino": "bench",
-          "lz4": "events", "zstandard": "events", "h5py": "events", "spikingjelly": "spikingjelly",
+          "matplotlib": "plot", "scipy": "search", "optuna": "search", "onnx": "bench", "onnxruntime": "bench",
+          "openvino": "bench", "lz4": "events", "zstandard": "events", "h5py": "events", "spikingjelly": "spikingjelly",
           "snntorch": "snntorch"}
 
 

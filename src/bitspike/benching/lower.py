@@ -260,10 +260,11 @@ class _Lowering:
         a, x = op.attributes, self.program.values[op.inputs[0]]
         outside = np.round(pad * 2.0**16).astype(np.int64)  # planes have fractions of a code
         acc = np.zeros(())
-        ones = {"m": np.ones(len(scale), np.int64), "s": 0, "b": np.zeros(len(scale), np.int64)}
+        one, zero = np.ones(len(scale), np.int64), np.zeros(len(scale), np.int64)
         for part, weight in (((outside >> 16).astype(np.int64), 1.0), ((outside & 0xFFFF), 2.0**-16)):
             empty = np.zeros((1, 1, x.height, x.width, x.channels), np.int64)
-            acc = acc + weight * integer_conv(empty, a["weight"], a["stride"], a["padding"], a["groups"], part, **ones)
+            acc = acc + weight * integer_conv(empty, a["weight"], a["stride"], a["padding"], a["groups"], part, m=one, s=0,
+                                              b=zero)
         return np.moveaxis(acc[0, 0] * (scale * self.to_unit), 2, 0)
 
     def _quantize(self, op: Op) -> _Value:
@@ -305,8 +306,8 @@ class _Lowering:
         for p in parts:
             assert p.codes is not None
             scale /= p.codes.step
-        refs = [self._spread(p, steps) for p in parts]
-        return _Value(self.builder.attention(*refs, op.attributes["heads"], (y.channels, y.height, y.width), scale), steps)
+        q, k, v = (self._spread(p, steps) for p in parts)
+        return _Value(self.builder.attention(q, k, v, op.attributes["heads"], (y.channels, y.height, y.width), scale), steps)
 
     def _products(self, op: Op) -> tuple[list[Any], int, float]:
         """Inputs in equal steps, how many, and what one product of their values is worth in steps of the potential."""

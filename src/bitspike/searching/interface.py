@@ -102,6 +102,7 @@ def search(model: nn.Module, candidates: Sequence[Scheme] | Mapping[str, Sequenc
     Errors: SearchError: nothing to search, a budget that cannot be met (with the smallest values that can), a loss that is not
         finite (with the candidate to blame), a folder of another search.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> data = SearchData(torch.randn(32, 4), torch.randint(2, (32,)))
     >>> spec, report = search(net, [Scheme("uniform", 2), Scheme("uniform", 8)], "bits=5", data)

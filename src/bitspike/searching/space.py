@@ -29,8 +29,8 @@ class SearchError(ValueError):
 def key_of(scheme: Scheme) -> str:
     """Short text of a scheme, as in tables and stored measurements.
 
-    >>> key_of(Scheme("pow2", 3)), key_of(Scheme("binary", options={"scale": "mean"}))
-    ('pow2:3', 'binary:1')
+    >>> key_of(Scheme("pow2", 3)), key_of(Scheme("uniform", 4, "tensor"))
+    ('pow2:3,plain=True', 'uniform:4/tensor,plain=True')
     """
     fitting = FITTING.get(scheme.kind, {})
     own = dict(scheme.options) or ({"plain": True} if fitting else {})
