@@ -223,6 +223,11 @@ struct Neon : NeonCodes<kDot> {
     acc[2] = vaddq_s32(acc[2], vshrq_n_s32(vshlq_n_s32(part, 8), 24));
     acc[3] = vsraq_n_s32(acc[3], part, 24);
   }
+  static void flush8_unsigned(I32* acc, I32 part) {
+    const int32x4_t low = vdupq_n_s32(255);
+    for (int j = 0; j < 4; ++j) acc[j] = vaddq_s32(acc[j], vandq_s32(shift_right_zero(part, 8 * j), low));
+  }
+  static I32 low_nibbles(I32 v) { return vandq_s32(v, vreinterpretq_s32_s8(vdupq_n_s8(15))); }
   static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
     for (int c = 0; c < channels; c += kBytes) {
       uint8_t last[kBytes] = {};
