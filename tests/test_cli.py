@@ -362,3 +362,9 @@ def test_defects_keep_their_traceback(monkeypatch, colours):
     monkeypatch.setattr("bitspike.deploy.load", broken)
     with pytest.raises(KeyError):
         call("run", colours, Path("x.png"))
+
+
+def test_bench_says_when_it_takes_other_pictures(tmp_path, capsys):
+    assert call("bench", "cifar10", "--seconds", "0.05", "--data", str(tmp_path / "nowhere")) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "embedded Fashion-MNIST sample, because its own data cannot be read" in told and "nowhere does not exist" in told

@@ -144,7 +144,7 @@ def _file_pictures(net: Net, files: list[Path] | None, data: Path | None, count:
     if files:
         images = _given(files, net.header["input"], count)
         return images, f"{len(images)} pictures of {', '.join(map(str, files))}"
-    name = net.header.get("provenance", {}).get("data")
+    name, why = net.header.get("provenance", {}).get("data"), ""
     if data is not None and isinstance(name, str) and name != "fashion_mnist_sample":
         from bitspike.data import DataError
         from bitspike.data import load as load_data
@@ -152,10 +152,10 @@ def _file_pictures(net: Net, files: list[Path] | None, data: Path | None, count:
         try:
             images = split_pictures(load_data(name, data), "test", count, height, channels)
             return images, f"{len(images)} pictures of {name} test"
-        except DataError:
-            pass
+        except DataError as error:
+            why = f", because its own data cannot be read: {error}"
     images = sample_pictures(count, height, width, channels)
-    return images, f"{len(images)} pictures of the embedded Fashion-MNIST sample"
+    return images, f"{len(images)} pictures of the embedded Fashion-MNIST sample{why}"
 
 
 def _from_recipe(recipe: Recipe, folder: Path, files: list[Path] | None, data: Path | None, count: int,
