@@ -77,10 +77,12 @@ def layer_tables(recipe: Recipe) -> list[Table]:
     listed.caption = f"{len(quantizable(model))} layers, {total:,} weights"
     neurons = Table(title="neurons", title_justify="left")
     neurons.add_column("neuron", no_wrap=True)
-    neurons.add_column("is", no_wrap=True)
+    neurons.add_column("membrane", no_wrap=True)
+    neurons.add_column("is", overflow="fold")
     lifs = neurons_with_membrane(model)
     for name, module in model.named_modules():
         if isinstance(module, (LIF, IELIF)):
-            kept = f", membrane {lifs[name].membrane}" if name in lifs and lifs[name].membrane is not None else ""
-            neurons.add_row(name, f"{type(module).__name__}({module.extra_repr()}){kept}")
+            kept = lifs[name].membrane if name in lifs else None
+            neurons.add_row(name, "full" if kept is None else f"{kept.bits} bits",
+                            f"{type(module).__name__}({module.extra_repr()})")
     return [listed, neurons]
