@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bitspike.layers import neurons_with_membrane, quantizable, quantize_
 from bitspike.recipe import Recipe, RecipeError, differences
 from bitspike.spec import QuantSpec
+from bitspike.writing import write_json
 
 
 class RunError(RuntimeError):
@@ -169,9 +170,7 @@ def start_run(run: Path, recipe: Recipe, overrides: Mapping[str, str], data_hash
         raise RunError(f"{run}: another process has trained it in the meantime; the same command looks again.")
     config: dict[str, Any] = {"recipe_name": recipe.name, "overrides": dict(overrides), "recipe": recipe.to_dict(),
                               "data_hash": data_hash, "commit": _commit(), "versions": _versions()}
-    temporary = run / "config.json.new"
-    temporary.write_text(json.dumps(config, indent=1))
-    temporary.replace(run / "config.json")
+    write_json(run / "config.json", config)
 
 
 def load_run(path: Path | str, recipe: Recipe | None = None) -> tuple[nn.Module, Recipe]:

@@ -464,8 +464,3 @@ def potentials(traffic: Iterable[tuple[int, int]], on: Technology = CMOS_45NM) -
     if on.rule == "bits":
         return Energy(0.0)
     return Energy(0.0, potentials_pj=sum(traffic_pj(moved, held, on) for moved, held in traffic))
-
-
-def describe_constants() -> list[str]:
-    """The constants as lines of text."""
-    return CMOS_45NM.describe()

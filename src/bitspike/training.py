@@ -52,6 +52,7 @@ from bitspike.optimizers import Average, learning_rate, make_optimizer
 from bitspike.progress import Reporter, duration
 from bitspike.recipe import Recipe, RecipeError
 from bitspike.spec import SpecError
+from bitspike.writing import write_text
 
 __all__ = ["Interrupted", "NonFinite", "Recipe", "RecipeError", "RunError", "evaluate", "load_run", "normalise", "train"]
 
@@ -245,9 +246,7 @@ def _cut_metrics(run: Path, step: int) -> None:
     """Drop what was measured after the checkpoint: it will be measured again."""
     if (run / "metrics.jsonl").is_file():
         rows = [row for row in read_metrics(run) if row["step"] <= step and not row.get("final")]
-        temporary = run / "metrics.jsonl.new"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(run / "metrics.jsonl")
+        write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _end_of_epoch(recipe: Recipe, data: Dataset, run: Path, model: nn.Module, accelerator: Accelerator, report: Reporter,

@@ -8,6 +8,7 @@ from bitspike import cost
 from bitspike.checkpoints import build
 from bitspike.cost import BIT_PROPORTIONAL, COUNT, FIRST, SPIKE, Operation
 from bitspike.layers import quantizable, quantizers
+from bitspike.models import spikformer
 from bitspike.models.compact_spikeformer import compact
 from bitspike.papers import spike_hq
 from bitspike.searching import make_space
@@ -45,7 +46,7 @@ def test_the_found_spec_names_every_layer_of_the_compact_network():
 
 
 def test_event_networks_take_their_frames():
-    net = spike_hq.dvs_2_256(11, 2).eval()
+    net = spikformer.dvs_2_256(11, 2).eval()
     with torch.no_grad():
         assert net(torch.zeros(2, 1, 2, 128, 128)).shape == (1, 11)
     weights = sum(layer.weight.numel() for layer in quantizable(net).values())

@@ -66,7 +66,7 @@ def test_equals_brute_force(costs, damages, where, limits):
 def test_any_budget_that_a_choice_uses_up_exactly_is_met(weights, data):
     """Limits at the very edge, where a solver's tolerance shows."""
     names = [f"l{i}" for i in range(3)]
-    space = Space(dict.fromkeys(names, CANDIDATES), dict(zip(names, weights, strict=True)), dict.fromkeys(names, 1))
+    space = Space(dict.fromkeys(names, CANDIDATES), dict(zip(names, weights, strict=True)))
     target = {n: data.draw(st.sampled_from(CANDIDATES)) for n in names}
     used = {n: {s: float(space.weights[n] * s.bits) for s in found} for n, found in space.layers.items()}
     damage = table(space, data.draw(st.lists(st.floats(0, 1), min_size=30, max_size=30)))
@@ -109,7 +109,7 @@ def test_a_large_network_is_solved_in_seconds():
     draw = torch.Generator().manual_seed(0)
     names = [f"l{i}" for i in range(112)]
     weights = {n: int(w) for n, w in zip(names, torch.logspace(3, 6.5, 112, base=10), strict=True)}
-    space = Space(dict.fromkeys(names, CANDIDATES), weights, dict.fromkeys(names, 256))
+    space = Space(dict.fromkeys(names, CANDIDATES), weights)
     damage = {n: {s: float(torch.rand((), generator=draw)) * 4.0**-s.bits for s in CANDIDATES} for n in names}
     row = Row("bits", {n: {s: float(weights[n] * s.bits) for s in CANDIDATES} for n in names}, 3.2 * sum(weights.values()))
     began = time.process_time()

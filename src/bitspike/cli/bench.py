@@ -12,10 +12,11 @@ from rich.console import Console
 
 from bitspike.cli.desk import Data, JsonFile, Settings, _console, _overrides
 from bitspike.cli.device import ENDINGS
-from bitspike.cli.networks import Pixels, kind_of, pictures_for, sample_pictures, split_pictures
-from bitspike.cli.outputs import check_file, write_json
+from bitspike.cli.networks import Pixels, class_names, kind_of, pictures_for, sample_pictures, split_pictures
+from bitspike.cli.outputs import check_file
 from bitspike.deploy import Net, load, read_image
 from bitspike.deploy.runtime import ZOO
+from bitspike.writing import write_json
 
 if TYPE_CHECKING:
     from bitspike.recipe import Recipe
@@ -177,12 +178,9 @@ def _from_recipe(recipe: Recipe, folder: Path, files: list[Path] | None, data: P
         used = f"pictures of {recipe.data} test" if found is not None else "pictures of the embedded Fashion-MNIST sample"
     model = build(recipe)
     calibrate_norms(model, pixels, recipe.mean, recipe.std)
-    model.eval()
-    with torch.no_grad():
-        outputs = model(torch.zeros(1, channels, size, size)).shape[-1]
     path = folder / "net.bitspike"
     export_model(model, path, mean=recipe.mean, std=recipe.std, image_size=size, channels=channels,
-                 classes=[f"class {i}" for i in range(outputs)], calibration_images=pixels, name=recipe.name,
+                 classes=class_names(model.eval(), recipe), calibration_images=pixels, name=recipe.name,
                  time_steps=int(getattr(model, "time_steps", 1)), min_agreement=0.0, check_images=pixels[:1])
     plain = None
     if peers:

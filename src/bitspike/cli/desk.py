@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bitspike.cli.messages import warn
-from bitspike.cli.outputs import check_file, check_folder, write_json
+from bitspike.cli.outputs import check_file, check_folder
+from bitspike.writing import write_json
 
 Data = Annotated[Path | None, Parameter(name="--data", env_var="BITSPIKE_DATA")]
 Settings = Annotated[tuple[str, ...], Parameter(name="--set", negative=(), consume_multiple=False)]

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitspike.cli.networks import Pixels, as_pixels, pictures_for, sample_frames, sample_pictures, split_pictures
+from bitspike.cli.networks import (
+    Pixels,
+    as_pixels,
+    class_names,
+    pictures_for,
+    sample_frames,
+    sample_pictures,
+    split_pictures,
+)
 from bitspike.deploy import ArtifactError, Net, load
 from bitspike.deploy.fields import printable
 from bitspike.profiling import Report, profile
@@ -65,8 +73,6 @@ def export_run(run: str | Path, output: Path, data_dir: Path | None, min_agreeme
 
 def export_recipe(recipe: Recipe, output: Path, data_dir: Path | None) -> ExportReport:
     """Export random weights with calibrated norms: for the size, not for the answers."""
-    import torch
-
     from bitspike.checkpoints import build
     from bitspike.data import Arrays
     from bitspike.exporting import calibrate_norms
@@ -75,14 +81,8 @@ def export_recipe(recipe: Recipe, output: Path, data_dir: Path | None) -> Export
     count = 32  # pictures have many pixels: enough for the statistics of norms
     pixels, data = pictures_for(recipe, data_dir, count, "train")
     calibrate_norms(model, pixels, recipe.mean, recipe.std)
-    if data is not None:
-        classes = data.classes
-    else:
-        size, channels = recipe.image_size, len(recipe.mean)
-        with torch.no_grad():
-            outputs = model.eval()(torch.zeros(*pixels.shape[:1] * (pixels.ndim - 4), 1, channels, size, size)).shape[-1]
-        classes = tuple(f"class {i}" for i in range(outputs))
     whole = data is None or isinstance(data.test, Arrays)
+    classes = class_names(model, recipe, data)
     return _export(model.eval(), recipe, output, classes, pixels, pixels, 0.0, whole and recipe.image_size <= 64,
                    weights="random")
 

@@ -5,8 +5,6 @@ import base64
 import html
 import io
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from bitspike.data.events import Events
 from bitspike.deploy import Decision
 from bitspike.deploy.fields import printable
+from bitspike.writing import whole_file
 
 _MOST = 256       # pixels of the picture's longer side
 _TOP = 5          # classes beside it
@@ -77,15 +76,8 @@ def write_film(path: Path, classes: Sequence[str], decisions: Sequence[Decision]
     pictures, shares = _pictures(decisions, pieces, sensor), _shares(decisions)
     names = [printable(name) for name in classes]
     content = (_gif if path.suffix.lower() == ".gif" else _page)(pictures, shares, names, decisions)
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(draft).chmod(0o644)
-        Path(draft).replace(path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def _durations(decisions: Sequence[Decision]) -> list[int]:

@@ -11,6 +11,8 @@ import numpy as np
 from bitspike.deploy.runtime import builtin_names
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bitspike.data import Dataset
     from bitspike.recipe import Recipe
 
@@ -88,3 +90,15 @@ def pictures_for(recipe: Recipe, data_dir: Path | None, count: int, split: str) 
         return sample_pictures(count, recipe.image_size, recipe.image_size, channels), None
     data = load(recipe.data, data_dir, recipe.event_frames())
     return split_pictures(data, split, count, recipe.image_size, channels), data
+
+
+def class_names(model: nn.Module, recipe: Recipe, data: Dataset | None = None) -> tuple[str, ...]:
+    """Names of a model's outputs: those of its data, else "class 0", "class 1", as many as it gives."""
+    import torch
+
+    if data is not None:
+        return data.classes
+    steps = (recipe.frames,) if recipe.frames else ()
+    with torch.no_grad():
+        outputs = model.eval()(torch.zeros(*steps, 1, len(recipe.mean), recipe.image_size, recipe.image_size))
+    return tuple(f"class {i}" for i in range(outputs.shape[-1]))

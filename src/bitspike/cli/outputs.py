@@ -1,10 +1,8 @@
 """Where results go: checked before the work that makes them."""
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 
 class OutputError(ValueError):
@@ -31,9 +29,3 @@ def check_folder(option: str, path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise OutputError(f"{option} {path}: this is a file; a folder is needed.")
     _check_place(option, path)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write plain data, with the folders on the way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")

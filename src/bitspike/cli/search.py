@@ -181,7 +181,7 @@ def _overhead(model: nn.Module, recipe: Recipe, data: Path | None) -> int:
     import copy
     import tempfile
 
-    from bitspike.cli.networks import pictures_for
+    from bitspike.cli.networks import class_names, pictures_for
     from bitspike.cost import layer_bytes
     from bitspike.exporting import ExportError, export_model
     from bitspike.layers import quantizable, quantize_
@@ -190,13 +190,13 @@ def _overhead(model: nn.Module, recipe: Recipe, data: Path | None) -> int:
 
     trial = quantize_(plain_copy(copy.deepcopy(model)), QuantSpec({"*": Scheme("uniform", 4)}))
     pixels, known = pictures_for(recipe, data, 32, "train")
-    classes = known.classes if known is not None else tuple(map(str, range(10)))
     try:
         with tempfile.TemporaryDirectory() as folder:
             report = export_model(trial, Path(folder) / "x.bitspike", mean=recipe.mean, std=recipe.std,
-                                  image_size=recipe.image_size, channels=len(recipe.mean), classes=classes,
-                                  calibration_images=pixels, name=recipe.name, min_agreement=0.0,
-                                  time_steps=int(getattr(model, "time_steps", 1)), provenance=_provenance_like(recipe))
+                                  image_size=recipe.image_size, channels=len(recipe.mean),
+                                  classes=class_names(trial, recipe, known), calibration_images=pixels, name=recipe.name,
+                                  min_agreement=0.0, time_steps=int(getattr(model, "time_steps", 1)),
+                                  provenance=_provenance_like(recipe))
     except ExportError as error:
         warn(f"the network cannot be exported yet, so file sizes leave out the program: {error}")
         return 0

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bitspike.data.errors import DataError
+from bitspike.writing import write_json
 
 _EVERY = 64  # files between two notes
 
@@ -28,15 +29,6 @@ def cache_folder() -> Path:
     """BITSPIKE_CACHE, or ~/.cache/bitspike (XDG_CACHE_HOME)."""
     named = os.environ.get("BITSPIKE_CACHE")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitspike"
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    new = path.with_suffix(".new")
-    with new.open("w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -111,7 +103,7 @@ class Cache:
         """The first `done` files' frames are written."""
         if done - self._noted >= _EVERY or done == len(order):
             self.images.flush()  # type: ignore[attr-defined]
-            _write_json(self.folder / "progress.json", {"files": done, "crc32": self._chain(order, self._noted, done)})
+            write_json(self.folder / "progress.json", {"files": done, "crc32": self._chain(order, self._noted, done)})
             self._noted = done
 
     def finish(self) -> None:
@@ -120,7 +112,7 @@ class Cache:
         self.images.flush()  # type: ignore[attr-defined]
         del self.images
         self._partial.replace(self._whole)
-        _write_json(self.folder / "whole.json", {"shape": list(self.shape), "sha256": digest})
+        write_json(self.folder / "whole.json", {"shape": list(self.shape), "sha256": digest})
         (self.folder / "progress.json").unlink(missing_ok=True)
 
     def open(self) -> tuple[Tensor, str]:

@@ -41,16 +41,10 @@ from dataclasses import replace
 
 from bitspike.models import spikformer
 from bitspike.models.compact_spikeformer import compact
-from bitspike.models.spikformer import Spikformer
 from bitspike.recipe import Recipe
 from bitspike.spec import QuantSpec, Scheme
 
-__all__ = ["RECIPES", "SEARCHED", "dvs_2_256"]
-
-
-def dvs_2_256(num_classes: int = 10, time_steps: int = 16, heads: int = 16) -> Spikformer:
-    """Spikformer with 2 blocks of 256 channels for event frames of 128x128 with two polarities; 2.6 M weights."""
-    return Spikformer(256, 2, heads, num_classes=num_classes, in_channels=2, time_steps=time_steps, pooling="1111")
+__all__ = ["RECIPES", "SEARCHED"]
 
 
 def _uniform(bits: int) -> Scheme:
@@ -69,8 +63,8 @@ SEARCHED = QuantSpec([
     ("attention.v.conv", _uniform(5)), ("attention.proj.conv", _uniform(6)), ("head", _uniform(8))])
 
 _DVS = Recipe(
-    "spike_hq.cifar10_dvs", dvs_2_256, {"num_classes": 10, "time_steps": 16}, data="cifar10_dvs", frames=16, image_size=128,
-    mean=(0.0, 0.0), std=(1 / 255,), flip="random", event_augment="roll=5", epochs=96, batch_size=16,
+    "spike_hq.cifar10_dvs", spikformer.dvs_2_256, {"num_classes": 10, "time_steps": 16}, data="cifar10_dvs", frames=16,
+    image_size=128, mean=(0.0, 0.0), std=(1 / 255,), flip="random", event_augment="roll=5", epochs=96, batch_size=16,
     optimizer="adamw", lr=1e-3, weight_decay=0.06, warmup_epochs=10, warmup_lr=1e-5, min_lr=1e-5, precision="bf16",
     label_smoothing=0.1,
     notes="The float network; size and schedule are Spikformer's for these data, since the paper's were not published.")

@@ -70,6 +70,16 @@ class Report:
         return sum(op.synaptic_ops for op in self.layers if op.kind not in (cost.FIRST, cost.DENSE))
 
     @property
+    def s_ace(self) -> float:
+        """Bit operations of all layers, zeros included (`cost.s_ace`)."""
+        return sum(map(cost.s_ace, self.layers))
+
+    @property
+    def ns_ace(self) -> float:
+        """Bit operations where there is a spike (`cost.ns_ace`)."""
+        return sum(map(cost.ns_ace, self.layers))
+
+    @property
     def literature_pj(self) -> float:
         """Account 1 with every product counted as one."""
         return sum(cost.literature_pj(op) for op in self.layers)
@@ -110,7 +120,7 @@ class Report:
                   "published_params_m": cost.published_params_m(self.sizes),
                   "published_bytes": cost.published_bytes(self.sizes), "macs": self.macs, "products": self.products,
                   "synaptic_ops": self.synaptic_ops, "spikes_per_neuron": self.spikes_per_neuron,
-                  "s_ace": sum(map(cost.s_ace, self.layers)), "ns_ace": sum(map(cost.ns_ace, self.layers)),
+                  "s_ace": self.s_ace, "ns_ace": self.ns_ace,
                   "bit_budget": cost.bit_budget(self.layers),
                   "literature_pj": self.literature_pj, "published_pj": self.published_pj,
                   "bit_aware": _parts(self.bit_aware), "quantized_ann": _parts(self.quantized_ann),
@@ -152,8 +162,8 @@ class Report:
                                      f"{cost.published_bytes(self.sizes) / 1e6:.3f} MB (weights * bits / 8)"),
             ("operations", f"{quantity(self.synaptic_ops)} additions on spikes and {quantity(self.products)} products; "
                            f"dense: {quantity(self.macs)} MACs a step"),
-            ("arithmetic by width", f"NS-ACE {quantity(sum(map(cost.ns_ace, self.layers)))}, S-ACE "
-                                    f"{quantity(sum(map(cost.s_ace, self.layers)))} bit operations; bit budget "
+            ("arithmetic by width", f"NS-ACE {quantity(self.ns_ace)}, S-ACE "
+                                    f"{quantity(self.s_ace)} bit operations; bit budget "
                                     f"{cost.bit_budget(self.layers):.3g} (T x weight bits x spike bits)"),
             ("spikes per neuron", f"{self.spikes_per_neuron:.3f}"),
             ("energy 1, literature", f"{energy(self.literature_pj)} (as the papers count: {energy(self.published_pj)})"),

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitspike.writing import whole_file, write_text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -140,7 +142,8 @@ def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in figures.items():
-        (folder / f"{name}.svg").write_text(as_svg(figure))
-        figure.savefig(folder / f"{name}.png", dpi=160)
+        write_text(folder / f"{name}.svg", as_svg(figure))
+        with whole_file(folder / f"{name}.png") as file:
+            figure.savefig(file, dpi=160, format="png")
         written += [folder / f"{name}.svg", folder / f"{name}.png"]
     return written

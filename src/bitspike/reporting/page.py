@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitspike.reporting.figures import GROUPS, as_svg, bits_figure, front_figure
+from bitspike.writing import write_text
 
 _STYLE = """
 :root { color-scheme: light; --ink:#1d2433; --quiet:#667085; --line:#e6e9ef; --blue:#1769c2; --card:#fff; --back:#f5f7fa }
@@ -125,6 +126,4 @@ def _svg(figure: Any) -> str:
 def write_page(path: Path, report: Mapping[str, Any], commands: Sequence[str] = (),
                trained: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write the page, whole or not at all."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(page(report, commands, trained))
-    temporary.replace(path)
+    write_text(path, page(report, commands, trained))

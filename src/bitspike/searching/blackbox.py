@@ -54,13 +54,6 @@ def _sampler(options: Options, seed: int) -> optuna.samplers.BaseSampler:
                                              constraints_func=lambda trial: trial.user_attrs["excess"])
 
 
-def _excess(budget: Budget, totals: Any, drop: float) -> list[float]:
-    """How far over each limit, relative to it; not above 0 where it is met."""
-    pairs = ((totals.bits, budget.bits), (totals.bytes, budget.bytes), (totals.energy_pj, budget.energy_pj),
-             (drop, budget.drop))
-    return [found / limit - 1 if limit else found for found, limit in pairs if limit is not None]
-
-
 def _names(space: Space) -> dict[str, dict[str, Any]]:
     return {name: {key_of(s): s for s in found} for name, found in space.layers.items()}
 
@@ -100,7 +93,7 @@ def run(bench: Bench, space: Space, costs: Costs, budget: Budget, options: Optio
         params = {name: trial.suggest_categorical(name, list(found)) for name, found in _names(space).items()}
         choice = _to_choice(space, params)
         totals, found = costs.of(choice), bench.measure(choice)
-        trial.set_user_attr("excess", _excess(budget, totals, full - found.top1))
+        trial.set_user_attr("excess", budget.over(totals.bits, totals.bytes, totals.energy_pj, full - found.top1))
         return found.divergence, float(totals.bytes), totals.energy_pj
 
     def finished() -> int:

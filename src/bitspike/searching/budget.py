@@ -58,6 +58,17 @@ class Budget:
         size = found.pop("bytes", None)
         return cls(None if size is None else int(size), **found)
 
+    def over(self, bits: float, size: float, energy_pj: float, drop: float | None = None) -> list[float]:
+        """How far each limit that is given is passed, relative to it (a limit of 0: as such); not above 0 where it is met.
+
+        drop: leave it out where it is not known; a limit on it is not looked at then.
+
+        >>> Budget(bits=4, bytes=100).over(bits=3, size=150, energy_pj=1)
+        [-0.25, 0.5]
+        """
+        pairs = ((bits, self.bits), (size, self.bytes), (energy_pj, self.energy_pj), (drop, self.drop))
+        return [found / limit - 1 if limit else found for found, limit in pairs if limit is not None and found is not None]
+
     def __str__(self) -> str:
         parts: Sequence[tuple[str, float | None, str]] = (
             ("bytes", self.bytes, ",.0f"), ("bits", self.bits, "g"), ("drop", self.drop, "g"))

@@ -12,7 +12,7 @@ from bitspike.cost import CMOS_45NM, Energy, Operation, Technology
 from bitspike.layers import latent_weight, quantizable
 from bitspike.profiling.of_torch import profile_model
 from bitspike.searching.measure import Forward, call
-from bitspike.searching.space import Choice, SearchError, Space
+from bitspike.searching.space import SearchError, Space
 from bitspike.spec import Scheme
 
 #: deployed form of a scheme: how its codes are stored
@@ -55,7 +55,6 @@ class Costs:
             self.layers[name] = operations.get(name, idle)
         self._other = [op for name, op in operations.items() if name not in self.layers]
         self._traffic = [*report.residuals, *report.states]
-        self.spikes_per_neuron = report.spikes_per_neuron
 
     # ------------------------------------------------------------------------------------ one layer
     def operation(self, name: str, scheme: Scheme) -> Operation:
@@ -104,10 +103,8 @@ class Costs:
 
     def of_float(self) -> Totals:
         """The full-precision network: 4 bytes a weight, float32 arithmetic."""
-        full: Choice = {name: Scheme("full") for name in self.space.layers}
-        held = self.fixed_weight_bytes + sum(self.weight_bytes(n, s) for n, s in full.items())
-        energy = self.fixed_energy(held) + sum(self.layer_energy(n, s, held) for n, s in full.items())
-        return Totals(4 * sum(op.weights for op in self.layers.values()), held, 32.0, energy)
+        full = self.of({name: Scheme("full") for name in self.space.layers})
+        return replace(full, bytes=4 * sum(op.weights for op in self.layers.values()), bits=32.0)
 
     def check(self) -> None:
         """Errors: SearchError if no image reached any layer (then energies mean nothing)."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from bitspike.searching.measure import Bench, logits_of
 from bitspike.searching.programme import choose
 from bitspike.searching.space import Choice, SearchError, Space, key_of
 from bitspike.spec import Scheme
+from bitspike.writing import whole_file
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,7 @@ def _settled(space: Space, costs: Costs, budget: Budget, logits: dict[str, Tenso
     """Arg max; where that overshoots, the most probable choice that meets the budget."""
     choice = {n: found[int(logits[n].argmax())] for n, found in space.layers.items()}
     totals = costs.of(choice)
-    pairs = ((totals.bits, budget.bits), (totals.bytes, budget.bytes), (totals.energy_pj, budget.energy_pj))
-    if all(limit is None or value <= limit * (1 + 1e-9) for value, limit in pairs):
+    if all(excess <= 1e-9 for excess in budget.over(totals.bits, totals.bytes, totals.energy_pj)):
         return choice
     damage = {n: dict(zip(found, (-logits[n].log_softmax(0)).tolist(), strict=True)) for n, found in space.layers.items()}
     return choose(space, costs, damage, budget)
@@ -164,13 +163,10 @@ def _finite(loss: Tensor, of: str, step: int) -> None:
 def _save(path: Path, settings: dict[str, Any], step: int, model: nn.Module, logits: dict[str, Tensor],
           *optimizers: torch.optim.Optimizer) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    torch.save({"settings": json.dumps(settings), "step": step, "model": model.state_dict(),
-                "logits": {n: a.detach() for n, a in logits.items()},
-                "optimizers": [o.state_dict() for o in optimizers]}, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with whole_file(path) as file:
+        torch.save({"settings": json.dumps(settings), "step": step, "model": model.state_dict(),
+                    "logits": {n: a.detach() for n, a in logits.items()},
+                    "optimizers": [o.state_dict() for o in optimizers]}, file)
 
 
 def _load(path: Path | None, settings: dict[str, Any], model: nn.Module, logits: dict[str, Tensor],

@@ -1,7 +1,6 @@
 """`search(model, candidates, budget, data) -> (QuantSpec, SearchReport)`: one interface, three methods."""
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from bitspike import writing
 from bitspike.cost import CMOS_45NM, Technology
 from bitspike.searching import blackbox, differentiable
 from bitspike.searching.budget import Budget
 from bitspike.searching.costs import Costs, Totals
 from bitspike.searching.measure import Bench, Forward, Journal, SearchData, call
 from bitspike.searching.programme import Damage, cheapest, choose
-from bitspike.searching.sensitivity import choice_key, fisher_table, measured_table, space_key
+from bitspike.searching.sensitivity import choice_key, fisher_table, measured_table
 from bitspike.searching.space import CANDIDATES, Choice, SearchError, Space, key_of, make_space
 from bitspike.spec import QuantSpec, Scheme
 
@@ -216,8 +216,9 @@ def _report(bench: Bench, space: Space, costs: Costs, damage: Damage, budget: Bu
         say(name, index + 1, len(wanted))
     full = journal.get("float", lambda: vars(bench.measure({})))
     points.insert(0, Point("full precision", "float", costs.of_float(), full["top1"], 0.0, {}))
+    held = costs.of(choice).weight_bytes
     layers = {name: {"weights": op.weights, "macs": op.macs, "steps": op.steps, "mean_count": op.mean_count, "kind": op.kind,
-                     "energy_pj": costs.layer_energy(name, choice[name], costs.of(choice).weight_bytes)}
+                     "energy_pj": costs.layer_energy(name, choice[name], held)}
               for name, op in costs.layers.items() if name in choice}
     return {"method": method, "budget": str(budget), "seed": seed, "technology": technology, "layers": layers,
             "searched": measured_point(bench, costs, journal, "searched", "searched", choice), "points": tuple(points),
@@ -226,16 +227,12 @@ def _report(bench: Bench, space: Space, costs: Costs, damage: Damage, budget: Bu
 
 def write_spec(spec: QuantSpec, path: Path) -> None:
     """The spec as JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(spec.to_json() + "\n")
-    temporary.replace(path)
+    writing.write_text(path, spec.to_json() + "\n")
 
 
 def write_report(report: SearchReport, path: Path) -> None:
     """The report as JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    temporary.replace(path)
+    writing.write_json(path, report.to_dict())
 
 
-__all__ = ["METHODS", "Point", "SearchReport", "search", "space_key", "write_report", "write_spec"]
+__all__ = ["METHODS", "Point", "SearchReport", "search", "write_report", "write_spec"]

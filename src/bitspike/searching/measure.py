@@ -20,6 +20,7 @@ from bitspike.layers import latent_weight, make_quantizer, quantizable, quantize
 from bitspike.objectives import prediction
 from bitspike.searching.space import SearchError, key_of
 from bitspike.spec import Scheme
+from bitspike.writing import write_text
 
 #: (model, images) -> logits [B, K] or [T, B, K]
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -216,9 +217,7 @@ class Journal:
                               "choose another --out, or the same settings to go on.")
         if len(rows) < len(lines) or not rows or not lines[-1].endswith("\n"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".new")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows or [{"subject": dict(subject)}]))
-            temporary.replace(path)
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows or [{"subject": dict(subject)}]))
         self.results = {row["key"]: row["result"] for row in rows[1:]}
 
     def get(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

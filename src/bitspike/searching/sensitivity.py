@@ -73,9 +73,8 @@ def fisher_table(bench: Bench, space: Space, journal: Journal, tell: Callable[[s
                               for s, m in zip(found, moved, strict=True)}
         return rows
 
-    if not all(p.requires_grad for p in parameters.values()):
-        for p in parameters.values():
-            p.requires_grad_(True)
+    for p in parameters.values():
+        p.requires_grad_(True)
     stored = journal.get(f"{key}: {space_key(space)}", compute)
     table = {name: {s: stored[name][key_of(s)] for s in found} for name, found in space.layers.items()}
     for name, row in table.items():

@@ -12,10 +12,10 @@ from torch import nn
 from bitspike.layers import latent_weight, quantizable
 from bitspike.spec import KINDS, QuantSpec, Scheme, SpecError
 
-#: what a search tries where nothing else is asked for; "lsq" and "uniform" deploy as the same codes
 #: training-side options of a candidate: what suits weights that were trained in full precision
 FITTING: Mapping[str, Mapping[str, str]] = {"uniform": {"step": "normal"}, "pow2": {"scale": "normal"},
                                             "binary": {"scale": "mean"}}
+#: what a search tries where nothing else is asked for
 CANDIDATES: tuple[Scheme, ...] = tuple(Scheme(kind, bits, options=FITTING[kind]) for kind, widths in (
     ("binary", (1,)), ("uniform", (2, 3, 4, 5, 6, 8)), ("pow2", (2, 3, 4))) for bits in widths)
 
@@ -65,12 +65,11 @@ def parse_candidates(text: str) -> tuple[Scheme, ...]:
 class Space:
     """The candidates of every layer, in the model's order.
 
-    layers: name -> candidates, at least one each. weights, channels: name -> number of weights and of outputs.
+    layers: name -> candidates, at least one each. weights: name -> number of weights.
     """
 
     layers: Mapping[str, tuple[Scheme, ...]]
     weights: Mapping[str, int]
-    channels: Mapping[str, int]
 
     @property
     def size(self) -> int:
@@ -93,7 +92,7 @@ class Space:
         if empty:
             raise SearchError(f"layer {empty[0]!r} has no candidate of kind {', '.join(kinds)}; it has "
                               f"{', '.join(map(key_of, self.layers[empty[0]]))}.")
-        return Space(layers, self.weights, self.channels)
+        return Space(layers, self.weights)
 
     def random(self, seed: int, most_bits: float) -> Choice:
         """A random choice of at most so many average bits, and as close below it as single steps get.
@@ -159,5 +158,4 @@ def make_space(model: nn.Module, candidates: Sequence[Scheme] | Mapping[str, Seq
         if flat and weight[0].numel() == 1:
             raise SearchError(f"layer {name!r} has one weight per output, whose sign carries nothing once normalised: it "
                               f"cannot take {key_of(flat[0])}. Give it others: {{..., {name!r}: [Scheme('uniform', 8)]}}.")
-    return Space(ordered, {n: latent_weight(found[n]).numel() for n in ordered},
-                 {n: latent_weight(found[n]).shape[0] for n in ordered})
+    return Space(ordered, {n: latent_weight(found[n]).numel() for n in ordered})

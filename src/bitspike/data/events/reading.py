@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +10,7 @@ import numpy as np
 
 from bitspike.data.events import aedat2, aedat3, aedat4, arrays, evt3, native, nmnist, prophesee
 from bitspike.data.events.core import EventError, Events, Source, Stream, first_outside, join
+from bitspike.writing import whole_file
 
 _Writer = Callable[[BinaryIO, np.ndarray, "tuple[int, int] | None"], None]
 _WRITERS: dict[str, _Writer] = {
@@ -164,13 +163,5 @@ def write(path: Path | str, data: np.ndarray, format: str, *, size: tuple[int, i
     if size is not None and len(data) and (int(data["y"].max()) >= size[0] or int(data["x"].max()) >= size[1]):
         raise EventError(f"events reach x={data['x'].max()}, y={data['y'].max()}, outside the sensor of {size[1]} x {size[0]}.")
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w+b") as file:
-            _WRITERS[format](file, data, size)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        raise
+    with whole_file(path) as file:
+        _WRITERS[format](file, data, size)
