@@ -362,8 +362,10 @@ def test_a_loss_that_is_not_finite(tmp_path, data):
         train(RECIPE, data, tmp_path / "b", overrides={"lr": "1e38", "optimizer": "sgd"})
     model = Net()
     model.conv2.weight.data[0, 0] = math.inf
-    assert first_nonfinite(model, torch.ones(2, 1, 28, 28)) == "conv2 (Conv2d; its parameter 'weight' is not finite)"
-    assert "so it is the loss itself" in first_nonfinite(Net(), torch.ones(2, 1, 28, 28))
+    ones = torch.ones(2, 1, 28, 28)
+    assert first_nonfinite(model, lambda: model(ones)) == "conv2 (Conv2d; its parameter 'weight' is not finite)"
+    sound = Net()
+    assert "so it is the loss itself" in first_nonfinite(sound, lambda: sound(ones))
 
 
 @pytest.mark.parametrize("content, message", [
@@ -434,7 +436,7 @@ def test_a_run_without_a_checkpoint_may_begin_again(tmp_path, data):
 
 
 def test_trying_the_model_leaves_it_fresh(data):
-    model, expected = _working_model(RECIPE, data), build(RECIPE)
+    model, expected = _working_model(RECIPE, torch.zeros(1, 1, 28, 28, dtype=torch.uint8)), build(RECIPE)
     assert not any(bool(quantizer.initialized) for _, quantizer in quantizers(model))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), expected.state_dict().values(), strict=True))
 

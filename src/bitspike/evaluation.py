@@ -1,20 +1,18 @@
-"""Input normalisation and the accuracy of a model on a split."""
+"""Input normalisation, and what a model is measured by on a split."""
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitspike.data import DataError, Dataset, load
-from bitspike.data.loader import evaluation_batches
 from bitspike.layers import cached_weights
-from bitspike.objectives import SpikeCounts, prediction
-from bitspike.recipe import Recipe, RecipeError
+from bitspike.objectives import SpikeCounts, autocast
+from bitspike.recipe import Recipe
+from bitspike.tasks import rank_and_world, summed, task_of
+
+__all__ = ["as_input", "autocast", "evaluate", "load_for", "normalise"]
 
 
 def normalise(pixels: Tensor, recipe: Recipe) -> Tensor:
@@ -44,46 +42,40 @@ def as_input(images: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(model: nn.Module, recipe: Recipe, data: Dataset | Path | str | None, split: str = "test",
              batch_size: int = 500) -> dict[str, float]:
-    """top1 and top5 in percent, mean loss (cross entropy), number of images n, mean spike count of the neurons.
+    """What the recipe's task measures, the number of images n, and the mean spike count of the neurons, mean_spikes.
 
+    classification: top1 and top5 in percent, mean loss (cross entropy). segmentation: miou and pixel_accuracy in percent, mean
+    loss. detection: box_map, box_map50 and of masks likewise, in percent.
     data: a loaded dataset or its folder. In eval mode and in the recipe's precision; the model's mode is restored. Under
     torchrun every process takes its share.
     """
-    dataset = data if isinstance(data, Dataset) else load(recipe.data, data, recipe.event_frames())
+    dataset = data if isinstance(data, Dataset) else load_for(recipe, data)
+    task = task_of(recipe)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    ranks = torch.distributed.is_initialized()
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ranks else (0, 1)
+    meter = task.meter(recipe, dataset, device)
     was_training = model.training
     model.eval()
     counts = SpikeCounts(model)
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # top1, top5, loss, n, spikes
-    with cached_weights(model):  # the weights stand still: quantize them once, not for every batch
-        batches = evaluation_batches(dataset.split(split), recipe.image_size, batch_size, recipe.workers, rank, world)
-        for pixels, labels in batches:
-            with autocast(recipe, device):
-                mean = prediction(model(as_input(normalise(pixels.to(device), recipe)))).float()
-            targets = labels.to(device)
-            if mean.shape[1] != len(dataset.classes):
-                raise RecipeError(f"recipe {recipe.name!r}: its model has {mean.shape[1]} outputs, {recipe.data} has "
-                                  f"{len(dataset.classes)} classes.")
-            hits = mean.topk(min(5, mean.shape[1])).indices == targets[:, None]
-            spikes = counts.take()
-            sums += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(mean, targets, reduction="sum"),
-                                 torch.tensor(len(labels), device=device),
-                                 sum(spikes.values(), torch.zeros((), device=device)) / max(1, len(spikes)) * len(labels)])
-    counts.remove()
-    model.train(was_training)
-    if ranks:
-        torch.distributed.all_reduce(sums)
-    top1, top5, loss, n, spikes_mean = sums.tolist()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # pictures, spikes
+    try:
+        with cached_weights(model):  # the weights stand still: quantize them once, not for every batch
+            for pixels, targets in task.evaluation_batches(recipe, dataset, split, batch_size, *rank_and_world()):
+                with autocast(recipe, device):
+                    output = task.forward(model, as_input(normalise(pixels.to(device), recipe)), targets)
+                meter.add(output, targets)
+                spikes = counts.take()
+                mean = sum(spikes.values(), torch.zeros((), device=device)) / max(1, len(spikes))
+                totals += torch.stack([torch.tensor(len(pixels), device=device), mean * len(pixels)])
+    finally:
+        counts.remove()
+        model.train(was_training)
+    result = meter.compute()
+    n, spikes_sum = summed(totals).tolist()
     if n == 0:
         raise DataError(f"{recipe.data}: its split {split!r} has no images.")
-    return {"top1": round(100 * top1 / n, 4), "top5": round(100 * top5 / n, 4), "loss": loss / n, "n": int(n),
-            "mean_spikes": spikes_mean / n}
+    return {**result, "mean_spikes": spikes_sum / n}
 
 
-def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
-    """The recipe's precision, outside of training."""
-    if recipe.precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if recipe.precision == "bf16" else torch.float16)
+def load_for(recipe: Recipe, data_dir: Path | str | None) -> Dataset:
+    """The recipe's data, as it wants them. Errors: DataError."""
+    return load(recipe.data, data_dir, recipe.event_frames(), recipe.skip_broken)

@@ -5,7 +5,7 @@ from __future__ import annotations
 EXTRAS = {"torch": "train", "torchvision": "train", "timm": "train", "accelerate": "train", "safetensors": "train",
           "matplotlib": "plot", "scipy": "search", "optuna": "search", "onnx": "bench", "onnxruntime": "bench",
           "openvino": "bench", "lz4": "events", "zstandard": "events", "h5py": "events", "spikingjelly": "spikingjelly",
-          "snntorch": "snntorch"}
+          "snntorch": "snntorch", "torchmetrics": "dense", "faster_coco_eval": "dense"}
 
 
 class MissingExtra(ImportError):

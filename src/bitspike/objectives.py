@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,15 +22,32 @@ def neurons(model: nn.Module) -> dict[str, Neuron]:
     return {name: m for name, m in model.named_modules() if isinstance(m, Neuron)}
 
 
+def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
+    """The recipe's precision, outside of the training loop (which has accelerate's)."""
+    if recipe.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if recipe.precision == "bf16" else torch.float16)
+
+
 def prediction(output: Output) -> Tensor:
     """What a model returns -> logits [B, K]: the mean over its heads (a tuple) and over time (a third axis in front).
+
+    Of a segmenter [B, K, h, w], which are the entry "out" of a dict.
 
     >>> prediction((torch.zeros(4, 2, 10), torch.ones(2, 10)))[0, 0].item()
     0.5
     """
     if isinstance(output, tuple):
         return torch.stack([prediction(head) for head in output]).mean(0)
+    if isinstance(output, dict):
+        return output["out"]
     return output.mean(0) if output.dim() == 3 else output
+
+
+def _over_heads(output: Output, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean of the loss of every head."""
+    heads = output if isinstance(output, tuple) else (output,)
+    return torch.stack([loss(head) for head in heads]).mean()  # type: ignore[arg-type]
 
 
 def classification_loss(recipe: Recipe) -> Loss:
@@ -40,9 +57,8 @@ def classification_loss(recipe: Recipe) -> Loss:
     """
 
     def loss(images: Tensor, output: Output, targets: Tensor) -> Tensor:
-        heads = output if isinstance(output, tuple) else (output,)
-        return torch.stack([F.cross_entropy(prediction(head).float(), targets, label_smoothing=recipe.label_smoothing)
-                            for head in heads]).mean()
+        return _over_heads(output, lambda head: F.cross_entropy(prediction(head).float(), targets,
+                                                                label_smoothing=recipe.label_smoothing))
 
     return loss
 
@@ -55,32 +71,30 @@ def temporal_loss(recipe: Recipe) -> Loss:
     """
 
     def loss(images: Tensor, output: Output, targets: Tensor) -> Tensor:
-        heads = output if isinstance(output, tuple) else (output,)
-        losses = []
-        for logits in heads:
+        def over_time(logits: Tensor) -> Tensor:
             logits_TBK = logits if logits.dim() == 3 else logits[None]
-            steps = (F.cross_entropy(logits_BK.float(), targets, label_smoothing=recipe.label_smoothing)
-                     for logits_BK in logits_TBK)
-            losses.append(torch.stack(list(steps)).mean())
-        return torch.stack(losses).mean()
+            return torch.stack([F.cross_entropy(logits_BK.float(), targets, label_smoothing=recipe.label_smoothing)
+                                for logits_BK in logits_TBK]).mean()
+
+        return _over_heads(output, over_time)
 
     return loss
 
 
-def with_logits_of(teacher: nn.Module, recipe: Recipe, loss: Loss) -> Loss:
+def with_logits_of(teacher: Callable[[Tensor], Tensor], recipe: Recipe, loss: Loss) -> Loss:
     """(1 - a) loss + a KL(teacher || model), a = recipe.distill_logits (at most 1): knowledge distillation at temperature 1.
 
-    The teacher (frozen, in eval mode, on the model's device) sees the same augmented images. With a = 1 the labels take no
-    part. Source: Hinton et al., 2015; at temperature 1, where a low-bit copy only has to find its way back.
+    teacher: images, the same augmented ones -> logits [B, K], without gradient (see `teachers.load_teacher`); for every pixel
+    [B, K, h, w]. With a = 1 the targets take no part. Source: Hinton et al., 2015; at temperature 1, where a low-bit copy only
+    has to find its way back.
     """
     share = recipe.distill_logits
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
 
-    def distilled(images: Tensor, output: Output, targets: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(images.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            wanted = prediction(teacher(images))
+    def distilled(images: Tensor, output: Output, targets: Any) -> Tensor:
+        wanted = teacher(images)
         found, told = F.log_softmax(prediction(output).float(), 1), F.log_softmax(wanted.float(), 1)
-        term = F.kl_div(found, told, reduction="batchmean", log_target=True)
+        places = found.shape[2:].numel()  # 1 without pixels
+        term = F.kl_div(found, told, reduction="batchmean", log_target=True) / places
         return share * term + ((1 - share) * loss(images, output, targets) if share < 1 else 0.0)
 
     return distilled
@@ -89,24 +103,28 @@ def with_logits_of(teacher: nn.Module, recipe: Recipe, loss: Loss) -> Loss:
 class SpikeCounts:
     """Mean spike count of every neuron in the last forward pass, by hooks; differentiable.
 
-    count = output / scale: 0 or 1 for LIF, 0..D for IE-LIF. Call `take()` once after each forward pass.
+    count = output / scale: 0 or 1 for LIF, 0..D for IE-LIF; of a neuron that was called several times (a head that is shared
+    by the levels of a pyramid) over all its outputs. Call `take()` once after each forward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._means: dict[str, Tensor] = {}
+        self._means: dict[str, list[tuple[Tensor, int]]] = {}
         self._handles = [n.register_forward_hook(self._hook(name)) for name, n in neurons(model).items()]
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            # float32 sum: a bfloat16 mean would keep three digits
-            self._means[name] = output.mean(dtype=torch.float32) / float(module.scale)  # type: ignore[arg-type]
+            if output.numel():
+                # float32 sum: a bfloat16 mean would keep three digits
+                mean = output.mean(dtype=torch.float32) / float(module.scale)  # type: ignore[arg-type]
+                self._means.setdefault(name, []).append((mean, output.numel()))
 
         return hook
 
     def take(self) -> dict[str, Tensor]:
         """Name -> scalar mean count of the pass since the last call."""
-        means, self._means = self._means, {}
-        return means
+        seen, self._means = self._means, {}
+        return {name: parts[0][0] if len(parts) == 1 else
+                torch.stack([mean * n for mean, n in parts]).sum() / sum(n for _, n in parts) for name, parts in seen.items()}
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -209,9 +227,9 @@ def _watch(model: nn.Module, bad: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def first_nonfinite(model: nn.Module, images: Tensor) -> str:
-    """Run the batch again and name the first module whose output is not finite, or say that all are finite."""
+def first_nonfinite(model: nn.Module, run: Callable[[], Any]) -> str:
+    """Run the batch again (`run` calls the model) and name the first module whose output is not finite, or say that all are."""
     bad: list[str] = []
     with torch.no_grad(), _watch(model, bad):
-        model(images)
+        run()
     return bad[0] if bad else "none: every module's output is finite, so it is the loss itself"

@@ -15,28 +15,35 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, object]
 
     With Muon, which is for hidden layers, linear weights (the head's) go with the second group.
 
-    Each group carries `lr_scale`, the factor on the scheduled learning rate.
+    Where the model has a `backbone`, the same again for what is not in it, times `head_lr`.
+    Each group carries `lr_scale`, the factor on the scheduled learning rate, and `hidden`: are these weights?
 
     >>> [len(g["params"]) for g in parameter_groups(nn.Linear(2, 2), Recipe("x", nn.Identity))]
     [1, 1]
     """
     steps = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    backbone = getattr(model, "backbone", model)
+    inner = {id(p) for p in backbone.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     least = 3 if recipe.optimizer == "muon" else 2
-    weights = [p for p in trained if p.dim() >= least and id(p) not in steps]
-    plain = [p for p in trained if p.dim() < least and id(p) not in steps]
-    scales = [p for p in trained if id(p) in steps]
-    groups: list[dict[str, object]] = [
-        {"params": weights, "weight_decay": recipe.weight_decay, "lr_scale": 1.0},
-        {"params": plain, "weight_decay": 0.0, "lr_scale": recipe.plain_lr},
-        {"params": scales, "weight_decay": 0.0, "lr_scale": recipe.scale_lr},
-    ]
+    groups: list[dict[str, object]] = []
+    for inside, factor in ((True, 1.0), (False, recipe.head_lr)):
+        parts = [p for p in trained if (id(p) in inner) == inside]
+        weights = [p for p in parts if p.dim() >= least and id(p) not in steps]
+        plain = [p for p in parts if p.dim() < least and id(p) not in steps]
+        scales = [p for p in parts if id(p) in steps]
+        groups += [
+            {"params": weights, "weight_decay": recipe.weight_decay, "lr_scale": factor, "hidden": True},
+            {"params": plain, "weight_decay": 0.0, "lr_scale": factor * recipe.plain_lr, "hidden": False},
+            {"params": scales, "weight_decay": 0.0, "lr_scale": factor * recipe.scale_lr, "hidden": False},
+        ]
     return [g for g in groups if g["params"]]
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer. LAMB clips its trust ratio at 1, as the published recipes do; SGD uses Nesterov momentum."""
     groups = parameter_groups(model, recipe)
+    hidden = [bool(group.pop("hidden")) for group in groups]
     betas = (recipe.betas[0], recipe.betas[1])
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, fused=True)
@@ -46,13 +53,13 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
     if recipe.optimizer == "lamb":
         return Lamb(groups, lr=recipe.lr, betas=betas, trust_clip=True)
-    for group in groups:  # Muon orthogonalises matrices; the rest falls back to AdamW inside it
-        group["use_fallback"] = group["weight_decay"] == 0.0 and group is not groups[0]
+    for group, matrices in zip(groups, hidden, strict=True):  # Muon orthogonalises matrices; for the rest it is AdamW
+        group["use_fallback"] = not matrices
     return Muon(groups, lr=recipe.lr, momentum=recipe.momentum, betas=betas, nesterov=True)
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -> float:
-    """The rate of step 0..steps-1: linear from `warmup_lr` over the warm-up, then half a cosine or a line to `min_lr`.
+    """The rate of step 0..steps-1: linear from `warmup_lr` over the warm-up, then half a cosine, a line to `min_lr`, or steps.
 
     >>> recipe = Recipe("x", nn.Identity, lr=1.0, schedule="triangle", warmup_epochs=1)
     >>> [learning_rate(recipe, s, 8, 4) for s in (0, 2, 4, 6)]
@@ -61,6 +68,8 @@ def learning_rate(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -
     warmup = min(round(recipe.warmup_epochs * steps_per_epoch), steps)
     if step < warmup:
         return recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * step / warmup
+    if recipe.schedule == "steps":
+        return recipe.lr * 0.1 ** sum(step >= drop * steps_per_epoch for drop in recipe.drop_epochs)
     done = (step - warmup) / max(1, steps - warmup)
     share = 0.5 * (1 + math.cos(math.pi * done)) if recipe.schedule == "cosine" else 1 - done
     return recipe.min_lr + (recipe.lr - recipe.min_lr) * share

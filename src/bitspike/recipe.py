@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from bitspike.data.events.framing import Frames
 from bitspike.spec import QuantSpec, Scheme
 
-#: logits [B, K], or of every time step [T, B, K]; a tuple of them for a model with several heads
-Output = Tensor | tuple[Tensor, ...]
-#: (images normalised [B, C, H, W] or sequences [T, B, C, H, W], the model's output, targets [B] or [B, K]) -> scalar loss
-Loss = Callable[[Tensor, Output, Tensor], Tensor]
+#: logits [B, K], or of every time step [T, B, K]; a tuple of them for a model with several heads. Of a segmenter logits
+#: [B, K, h, w], in training also {"out": those, "aux": those of an auxiliary head}; a detector gives a dict of losses
+Output = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+#: (images normalised [B, C, H, W] or sequences [T, B, C, H, W], the model's output, the task's targets) -> scalar loss;
+#: targets of classification: [B] or [B, K], of segmentation [B, H, W], of detection a list of dicts
+Loss = Callable[[Tensor, Any, Any], Tensor]
 
 
 class RecipeError(ValueError):
@@ -45,6 +47,11 @@ class Recipe:
     Events: `frames` > 0 makes a sequence of as many event frames of each recording, image_size pixels a side, input float
     [T, B, 2, H, W]; `frames_by` cuts it into equal numbers of events or equal times; `event_augment` changes the events of
     a training recording before that, such as "roll=5,rotate=15,drop=0.1" (see `bitspike.data.events.framing`).
+    Dense tasks ("segmentation", "detection"): pictures keep their proportions. In evaluation the short side is `image_size`, or
+    less where the long side would pass `long_side` (0: no limit); in training it is image_size times a factor drawn between the
+    two numbers of `scales`, and crop="random" then cuts a square of image_size. `colour_jitter` changes brightness, contrast
+    and saturation by up to that share. `auxiliary` weighs the loss of an auxiliary head. `skip_broken` leaves pictures
+    with broken annotations out instead of refusing the data.
     Steps: `batch_size` is that of one optimizer step, over all processes and `accumulate` parts.
     objective: `objective(model, recipe, loss) -> loss` lets a paper replace the loss; it is called once, with the model on
     its device, so it may load a `teacher`, hook layers, and weigh its term by `distill`. teacher_labels: whether a teacher
@@ -55,7 +62,8 @@ class Recipe:
     `teacher`, also a RUN folder.
     spike_penalty: weight of the mean spike count, each neuron weighted by its share of the operations its spikes cause.
     plain_lr multiplies the learning rate of biases and norms (with "muon" of everything but convolutions), scale_lr that of
-    the quantizers' steps. ema: decay of the averaged weights, which are the ones
+    the quantizers' steps, head_lr that of everything that is not in the model's `backbone`. schedule "steps": a tenth after
+    each of `drop_epochs`. ema: decay of the averaged weights, which are the ones
     evaluated; 0 is off. flip: "alternating" mirrors each image in every other epoch.
     claim, cost, notes: for people; they change nothing.
 
@@ -74,6 +82,7 @@ class Recipe:
     spec: QuantSpec | None = None
     bits: int = 32
     scheme: Literal["lsq", "uniform", "pow2", "pow2_scale"] = "lsq"
+    task: Literal["classification", "segmentation", "detection"] = "classification"
     # data
     data: str = "cifar10"
     train_on: Literal["train", "train+val"] = "train"
@@ -84,7 +93,11 @@ class Recipe:
     translate: int = 0
     translate_pad: Literal["reflect", "zero"] = "reflect"
     cutout: int = 0
-    crop: Literal["whole", "random_resized"] = "whole"
+    crop: Literal["whole", "random_resized", "random"] = "whole"
+    scales: tuple[float, ...] = (1.0,)
+    long_side: int = 0
+    colour_jitter: float = 0.0
+    skip_broken: bool = False
     rand_augment: str = ""
     random_erasing: float = 0.0
     mixup: float = 0.0
@@ -106,7 +119,9 @@ class Recipe:
     betas: tuple[float, ...] = (0.9, 0.999)
     plain_lr: float = 1.0
     scale_lr: float = 1.0
-    schedule: Literal["cosine", "triangle"] = "cosine"
+    head_lr: float = 1.0
+    schedule: Literal["cosine", "triangle", "steps"] = "cosine"
+    drop_epochs: tuple[float, ...] = ()
     warmup_epochs: float = 0.0
     warmup_lr: float = 0.0
     min_lr: float = 0.0
@@ -116,6 +131,7 @@ class Recipe:
     ema: float = 0.0
     # loss
     label_smoothing: float = 0.0
+    auxiliary: float = 0.0
     spike_penalty: float = 0.0
     regulation: float = 0.0
     distill: float = 0.0
@@ -153,11 +169,28 @@ class Recipe:
         self.event_frames()
         if self.regulation and self.objective is None:
             raise self._refuse("regulation", self.regulation, "nothing here: the recipe has no objective that would use it")
+        self._check_task()
         for name in ("distill", "teacher"):
             if getattr(self, name) and self.objective is None and not self.distill_logits:
                 raise self._refuse(name, getattr(self, name), "nothing here: the recipe has no objective that would use it")
         if self.distill_logits and not self.teacher:
             raise self._refuse("distill_logits", self.distill_logits, "0, or a teacher beside it: teacher=RUN")
+
+    def _check_task(self) -> None:
+        """Fields that one kind of task has and the other has not."""
+        dense = self.task != "classification"
+        default = {f.name: f.default for f in fields(self)}
+        for name in _CLASSIFICATION_ONLY if dense else _DENSE_ONLY:
+            if getattr(self, name) != default[name]:
+                raise self._refuse(name, getattr(self, name), f"only {default[name]!r}: task={self.task!r} does not use it")
+        if self.crop == ("random_resized" if dense else "random"):
+            raise self._refuse("crop", self.crop, "whole | random" if dense else "whole | random_resized")
+        if dense and self.flip == "alternating":
+            raise self._refuse("flip", self.flip, "none | random")
+        if self.distill_logits and self.task == "detection":
+            raise self._refuse("distill_logits", self.distill_logits, "only 0: a detector has no logits of whole pictures")
+        if (self.schedule == "steps") != bool(self.drop_epochs):
+            raise self._refuse("drop_epochs", self.drop_epochs, "some epochs with schedule='steps', none with another")
 
     def _refuse(self, name: str, found: object, allowed: str) -> RecipeError:
         return RecipeError(f"recipe {self.name!r}, field {name}={found!r}: allowed: {allowed}.")
@@ -265,17 +298,23 @@ class Recipe:
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("batch_size accumulate image_size validate_every", "an integer of at least 1", lambda v: v >= 1),
     ("bits", "1..8, or 32 for float weights", lambda v: v in (*range(1, 9), 32)),
-    ("workers translate cutout frames", "an integer of at least 0", lambda v: v >= 0),
+    ("workers translate cutout frames long_side", "an integer of at least 0", lambda v: v >= 0),
     ("epochs lr temperature", "a finite number above 0", lambda v: 0 < v < math.inf),
-    ("weight_decay plain_lr scale_lr warmup_epochs warmup_lr min_lr grad_clip mixup cutmix mixup_off_epoch spike_penalty "
-     "regulation distill", "a finite number of at least 0", lambda v: 0 <= v < math.inf),
+    ("weight_decay plain_lr scale_lr head_lr warmup_epochs warmup_lr min_lr grad_clip mixup cutmix mixup_off_epoch "
+     "spike_penalty regulation distill auxiliary colour_jitter", "a finite number of at least 0", lambda v: 0 <= v < math.inf),
     ("ema momentum label_smoothing", "0 (off) up to, not including, 1", lambda v: 0 <= v < 1),
     ("random_erasing distill_logits", "0..1", lambda v: 0 <= v <= 1),
     ("betas", "two numbers, each 0 up to, not including, 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v)),
     ("mean", "finite numbers, one a channel", lambda v: len(v) > 0 and all(map(math.isfinite, v))),
+    ("scales", "one finite number above 0, or two in order", lambda v: len(v) in (1, 2) and 0 < v[0] <= v[-1] < math.inf),
+    ("drop_epochs", "finite numbers above 0, in order", lambda v: all(0 < d < math.inf for d in v) and sorted(v) == list(v)),
     ("std", "finite numbers above 0", lambda v: len(v) > 0 and all(0 < s < math.inf for s in v)),
 )
-_LATER = ("start", "distill_logits", "teacher_labels", "temperature", "regulation", "frames", "frames_by", "event_augment")
+_DENSE_ONLY = ("scales", "long_side", "colour_jitter", "skip_broken", "auxiliary")
+_CLASSIFICATION_ONLY = ("translate", "cutout", "rand_augment", "random_erasing", "mixup", "cutmix", "mixup_off_epoch", "frames",
+                        "label_smoothing")
+_LATER = ("start", "distill_logits", "teacher_labels", "temperature", "regulation", "frames", "frames_by", "event_augment",
+          "task", "head_lr", "drop_epochs", *_DENSE_ONLY)
 _DESCRIPTIVE = ("name", "workers", "validate_every", "claim", "cost", "notes")
 
 

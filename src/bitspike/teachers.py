@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bitspike.checkpoints import load_run
 from bitspike.models.published import PublishedWeightsError, read_weights
-from bitspike.objectives import prediction
+from bitspike.objectives import autocast, prediction
 from bitspike.recipe import Recipe, RecipeError
 
 Teacher = Callable[[Tensor], Tensor]
@@ -32,7 +32,7 @@ class _View(nn.Module):
     factor: Tensor
     offset: Tensor
 
-    def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...], student: Recipe) -> None:
+    def __init__(self, size: int | None, mean: tuple[float, ...], std: tuple[float, ...], student: Recipe) -> None:
         super().__init__()
         channels = max(len(mean), len(student.mean))
         theirs = [torch.tensor(v).expand(channels)[:, None, None] for v in (mean, std)]
@@ -44,13 +44,15 @@ class _View(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = images if bool((self.factor == 1).all() and (self.offset == 0).all()) else images * self.factor + self.offset
-        if x.dim() == 4 and x.shape[-1] != self.size:
+        if self.size is not None and x.dim() == 4 and x.shape[-1] != self.size:
             x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False)
         return x
 
 
 def load_teacher(recipe: Recipe, classes: int, device: torch.device) -> Teacher:
     """The network that `recipe.teacher` names, frozen and in eval mode: images as the student sees them -> logits [B, K].
+
+    Of a segmenter [B, K, h, w]; such a teacher sees the pictures at the student's size.
 
     classes: what the student tells apart; the teacher must have as many outputs. It runs in the recipe's precision.
     Errors: RecipeError for a text that names nothing, for a package or weights that are not there, and for another number
@@ -64,15 +66,14 @@ def load_teacher(recipe: Recipe, classes: int, device: torch.device) -> Teacher:
         model, view = (_torchvision if kind == "torchvision" else _timm)(recipe, name, weights, classes)
     else:
         model, theirs = load_run(recipe.teacher)
-        view = _View(theirs.image_size, theirs.mean, theirs.std, recipe)
+        view = _View(theirs.image_size if theirs.task == "classification" else None, theirs.mean, theirs.std, recipe)
     model, view = model.to(device).requires_grad_(False).eval(), view.to(device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
     checked = False
 
     @torch.no_grad()
     def teach(images: Tensor) -> Tensor:
         nonlocal checked
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast(recipe, device):
             logits = prediction(model(view(images))).float()
         if not checked and logits.shape[1] != classes:
             raise RecipeError(f"recipe {recipe.name!r}: the teacher {recipe.teacher!r} tells {logits.shape[1]} classes apart, "

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -33,16 +33,14 @@ from bitspike.checkpoints import (
     start_from_run,
     start_run,
 )
-from bitspike.data import Arrays, DataError, Dataset, load
-from bitspike.data.loader import FileBatches
-from bitspike.data.pipeline import ArrayBatches, Augment, Batches, mix, seed_globals, seed_of
-from bitspike.evaluation import as_input, evaluate, normalise
+from bitspike.data import DataError, Dataset
+from bitspike.data.pipeline import mix, seed_globals, seed_of
+from bitspike.evaluation import as_input, evaluate, load_for, normalise
 from bitspike.layers import annealed_modules
 from bitspike.models.published import PublishedWeightsError
 from bitspike.objectives import (
     NonFinite,
     SpikeCounts,
-    classification_loss,
     first_nonfinite,
     spike_costs,
     spike_penalty,
@@ -52,6 +50,8 @@ from bitspike.optimizers import Average, learning_rate, make_optimizer
 from bitspike.progress import Reporter, duration
 from bitspike.recipe import Recipe, RecipeError
 from bitspike.spec import SpecError
+from bitspike.tasks import Task, task_of
+from bitspike.teachers import load_teacher
 from bitspike.writing import write_text
 
 __all__ = ["Interrupted", "NonFinite", "Recipe", "RecipeError", "RunError", "evaluate", "load_run", "normalise", "train"]
@@ -75,24 +75,25 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
     recipe = recipe.override(overrides or {})
     run = Path(out_dir)
     accelerator = _accelerator(recipe)
-    data = data_dir if isinstance(data_dir, Dataset) else load(recipe.data, data_dir, recipe.event_frames())
+    task = task_of(recipe)
+    data = data_dir if isinstance(data_dir, Dataset) else load_for(recipe, data_dir)
     folder = open_run(run, recipe, data.hash)
     state: dict[str, Any] = read_state(folder) if folder else {"step": 0, "finished": False, "seconds": 0.0}
     if state["finished"]:
         last = read_metrics(run)[-1]
         Reporter(1, 1, 1, accelerator.is_main_process).say(
-            f"{run} is finished: {state['step']} steps, test top-1 {last.get('test_top1')} %. Nothing to do.")
+            f"{run} is finished: {state['step']} steps, test {task.says(last, 'test_')}. Nothing to do.")
         return last
 
     # the model, its average, what it is trained with
-    model = _working_model(recipe, data).to(accelerator.device)
+    model = _working_model(recipe, task.blank(recipe, data)).to(accelerator.device)
     if recipe.start and folder is None:
         start_from_run(model, recipe.start)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     spec = resolved_spec(model, recipe.quant_spec())
     average = Average(copy.deepcopy(model), recipe.ema) if recipe.ema else None
-    batches = _batches(recipe, data)
+    batches = task.batches(recipe, data)
     per_epoch = batches.steps_per_epoch
     if per_epoch < 1:
         raise DataError(f"{recipe.data}: {len(data.split(recipe.train_on))} training images are less than one batch of "
@@ -103,7 +104,8 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
         raise RecipeError(f"recipe {recipe.name!r}, field batch_size={recipe.batch_size}: must be a multiple of {pairs} x "
                           f"accumulate={recipe.accumulate} x {world} processes.")
     steps = max(1, round(recipe.epochs * per_epoch))
-    costs = spike_costs(model, _example(recipe, data, accelerator.device)) if recipe.spike_penalty else {}
+    example = as_input(normalise(task.blank(recipe, data).to(accelerator.device), recipe))
+    costs = spike_costs(model, example) if recipe.spike_penalty else {}
     optimizer = make_optimizer(model, recipe)
     if folder:
         load_weights(folder, "model", model)
@@ -112,10 +114,9 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
             average.updates = state["step"]
         stored = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(stored["optimizer"])
-    objective = classification_loss(recipe)
+    objective = task.loss(recipe)
     if recipe.distill_logits:
-        teacher, _ = load_run(recipe.teacher)
-        objective = with_logits_of(teacher.to(accelerator.device).requires_grad_(False).eval(), recipe, objective)
+        objective = with_logits_of(load_teacher(recipe, len(data.classes), accelerator.device), recipe, objective)
     if recipe.objective is not None:
         objective = recipe.objective(model, recipe, objective)
     counts = SpikeCounts(model) if recipe.spike_penalty else None
@@ -138,8 +139,9 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
 
     started = saved = time.monotonic()
     shown, on_cpu = average.model if average else bare, accelerator.device.type == "cpu"
-    with (sole_trainer(run, accelerator.is_main_process), _signals() as caught, _exact(),
-          Reporter(steps, state["step"], recipe.batch_size, accelerator.is_main_process, log_seconds) as report):
+    with (sole_trainer(run, accelerator.is_main_process), _exact(),
+          Reporter(steps, state["step"], recipe.batch_size, accelerator.is_main_process, log_seconds) as report,
+          _signals(report.say) as caught):
         if accelerator.is_main_process:
             if folder is None:  # only now, when nothing but the training itself can fail
                 start_run(run, recipe, overrides or {}, data.hash)
@@ -156,20 +158,21 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
                 group["lr"] = rate * group["lr_scale"]
 
             step_loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-            for part, (pixels, labels) in enumerate(batches.step(step, rank, world, recipe.accumulate)):
+            for part, (pixels, targets) in enumerate(batches.step(step, rank, world, recipe.accumulate)):
                 images = normalise(pixels.to(accelerator.device), recipe)
-                targets: Tensor = labels.to(accelerator.device)
+                targets = task.to_device(targets, accelerator.device)
                 if epoch < recipe.mixup_off_epoch or recipe.mixup_off_epoch == 0:
                     images, targets = mix(images, targets, len(data.classes), recipe.mixup, recipe.cutmix,
                                           (recipe.seed, "mix", step))
                 images = as_input(images)
-                seed_globals(seed_of(recipe.seed, step, rank, part))  # dropout and the like: exact from any step on
+                # dropout and the like: exact from any step on, and the same for this part of the batch in any process
+                seed_globals(seed_of(recipe.seed, step, 0, rank * recipe.accumulate + part))
                 with accelerator.accumulate(model):
-                    loss = objective(images, model(images), targets)
+                    loss = objective(images, task.forward(model, images, targets), targets)
                     if counts:
                         loss = loss + recipe.spike_penalty * spike_penalty(counts.take(), costs)
                     if on_cpu and not bool(torch.isfinite(loss)):  # before it spoils the weights
-                        raise _nonfinite(run, step, rate, bare, images, accelerator)
+                        raise _nonfinite(run, step, rate, bare, task, images, targets, accelerator)
                     step_loss += loss.detach() / recipe.accumulate
                     accelerator.backward(loss)
                     if recipe.grad_clip and accelerator.sync_gradients:
@@ -181,7 +184,7 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
             unread.append(step_loss)
             done = step + 1
             epoch_ends = done % per_epoch == 0 or done == steps
-            if not (on_cpu or epoch_ends or done % 20 == 0 or (caught and world == 1)):
+            if not (on_cpu or epoch_ends or done % 20 == 0 or (caught.first and world == 1)):
                 epoch_seconds += time.monotonic() - began
                 continue  # reading a loss waits for the GPU
 
@@ -189,19 +192,19 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
             unread.clear()
             bad = [done - len(losses) + i for i, value in enumerate(losses) if not math.isfinite(value)]
             if bad:
-                raise _nonfinite(run, bad[0], rate, bare, images, accelerator)
+                raise _nonfinite(run, bad[0], rate, bare, task, images, targets, accelerator)
             epoch_loss += sum(losses)
             epoch_seconds += time.monotonic() - began
             if report.due():
                 report.step(done, done / per_epoch, losses[-1], rate)
             if epoch_ends:
                 in_epoch = done - epoch * per_epoch
-                _end_of_epoch(recipe, data, run, shown, accelerator, report, {
+                _end_of_epoch(recipe, task, data, run, shown, accelerator, report, {
                     "step": done, "epoch": round(done / per_epoch, 4), "lr": rate, "seconds": round(epoch_seconds, 1),
                     "loss": _mean(epoch_loss / in_epoch, accelerator),
                     "images_per_s": round(in_epoch * recipe.batch_size / epoch_seconds, 1)})
                 epoch_loss = epoch_seconds = 0.0
-            stop = _any(caught[0] if caught else 0, accelerator)
+            stop = _any(caught.first, accelerator)
             if stop or epoch_ends or time.monotonic() - saved > 60 * checkpoint_minutes:
                 save(done)
                 saved = time.monotonic()
@@ -213,13 +216,15 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
         # once, at the end
         if counts:
             counts.remove()
+        with caught.at_once(f"the training is done and saved in {run}, its test is not. The same command takes it."):
+            result = evaluate(shown, recipe, data, "test")
         final = {"final": True, "step": steps, "seconds": round(before + time.monotonic() - started, 1),
-                 **{f"test_{k}": v for k, v in evaluate(shown, recipe, data, "test").items()}}
+                 **{f"test_{k}": v for k, v in result.items()}}
         if accelerator.is_main_process:
             _append(run, final)
         save(steps, finished=True)
         accelerator.wait_for_everyone()
-        report.say(f"test top-1 {final['test_top1']:.2f} % of {final['test_n']} images, {duration(final['seconds'])}, in {run}")
+        report.say(f"test {task.says(final, 'test_')} of {final['test_n']} images, {duration(final['seconds'])}, in {run}")
     return final
 
 
@@ -249,12 +254,12 @@ def _cut_metrics(run: Path, step: int) -> None:
         write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _end_of_epoch(recipe: Recipe, data: Dataset, run: Path, model: nn.Module, accelerator: Accelerator, report: Reporter,
-                  row: dict[str, Any]) -> None:
+def _end_of_epoch(recipe: Recipe, task: Task, data: Dataset, run: Path, model: nn.Module, accelerator: Accelerator,
+                  report: Reporter, row: dict[str, Any]) -> None:
     text = f"epoch {row['epoch']:g}  loss {row['loss']:.4f}  {row['images_per_s']:.0f} images/s"
     if recipe.train_on == "train" and round(row["epoch"]) % recipe.validate_every == 0:
         row |= {f"val_{k}": v for k, v in evaluate(model, recipe, data, "val").items() if k != "n"}
-        text += f"  val top-1 {row['val_top1']:.2f} %  spikes {row['val_mean_spikes']:.3f}"
+        text += f"  val {task.says(row, 'val_')}  spikes {row['val_mean_spikes']:.3f}"
     if accelerator.is_main_process:
         _append(run, row)
     report.say(text)
@@ -270,29 +275,12 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     return Accelerator(mixed_precision=mixed, gradient_accumulation_steps=recipe.accumulate, cpu=not torch.cuda.is_available())
 
 
-def _batches(recipe: Recipe, data: Dataset) -> Batches:
-    split = data.split(recipe.train_on)
-    augment = Augment(recipe.flip, recipe.translate, recipe.translate_pad, recipe.cutout, recipe.random_erasing, recipe.mean,
-                      recipe.std)
-    plain = recipe.crop == "whole" and not recipe.rand_augment
-    if plain and isinstance(split, Arrays) and split.images.shape[-1] == recipe.image_size:
-        return ArrayBatches(split, recipe.batch_size, recipe.seed, augment)
-    try:
-        return FileBatches(split, recipe.batch_size, recipe.seed, augment, recipe.image_size, recipe.crop, recipe.rand_augment,
-                           recipe.workers)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        if not recipe.rand_augment:
-            raise
-        raise RecipeError(f"recipe {recipe.name!r}, field rand_augment={recipe.rand_augment!r}: allowed: what timm reads, such "
-                          f"as rand-m9-mstd0.5-inc1 ({str(error) or type(error).__name__}).") from None
-
-
-def _working_model(recipe: Recipe, data: Dataset) -> nn.Module:
-    """The recipe's model, after a copy of it was shown one blank image. Errors: RecipeError if that fails."""
+def _working_model(recipe: Recipe, blank: Tensor) -> nn.Module:
+    """The recipe's model, after a copy of it was shown one blank image (uint8). Errors: RecipeError if that fails."""
     try:
         model = build(recipe)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            copy.deepcopy(model).eval()(_example(recipe, data, torch.device("cpu")))
+            copy.deepcopy(model).eval()(as_input(normalise(blank, recipe)))
     except (DataError, PublishedWeightsError, RecipeError, RunError, SpecError):
         raise
     except Exception as error:  # whatever a model makes of sizes it is not meant for
@@ -300,12 +288,6 @@ def _working_model(recipe: Recipe, data: Dataset) -> nn.Module:
                           f"{len(recipe.mean)} values in mean and model_options={dict(recipe.model_options)}: "
                           f"{type(error).__name__}: {str(error).rstrip('.')}.") from error
     return model
-
-
-def _example(recipe: Recipe, data: Dataset, device: torch.device) -> Tensor:
-    axes = data.train.image(0).shape[:-2]  # channels, or time steps and channels
-    blank = torch.zeros(1, *axes, recipe.image_size, recipe.image_size, dtype=torch.uint8)
-    return as_input(normalise(blank.to(device), recipe))
 
 
 def _mean(value: float, accelerator: Accelerator) -> float:
@@ -326,26 +308,51 @@ def _any(caught: int, accelerator: Accelerator) -> int:
     return int(flag)
 
 
-def _nonfinite(run: Path, step: int, rate: float, model: nn.Module, images: Tensor, accelerator: Accelerator) -> NonFinite:
+def _nonfinite(run: Path, step: int, rate: float, model: nn.Module, task: Task, images: Tensor, targets: Any,
+               accelerator: Accelerator) -> NonFinite:
     kept = "the last checkpoint is whole" if checkpoint_folder(run) else "there is no checkpoint yet"
     with accelerator.autocast():
-        culprit = first_nonfinite(model, images)
+        culprit = first_nonfinite(model, lambda: task.forward(model, images, targets))
     return NonFinite(f"the loss is not finite in step {step} (learning rate {rate:.3g}); first module with an output that is "
                      f"not finite: {culprit}. Lower lr, lengthen warmup_epochs or set grad_clip; {kept}.")
 
 
+class _Caught:
+    """What signals came, in the main thread; elsewhere nothing can be caught. `first`: the number of the first, or 0."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self.first, self.report, self._message = 0, report, ""
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.first = self.first or number
+        if self._message:
+            self._leave()
+
+    def _leave(self) -> None:
+        message, self._message = self._message, ""
+        self.report(f"{signal.Signals(self.first).name}: {message}")
+        raise Interrupted(128 + self.first)
+
+    @contextmanager
+    def at_once(self, message: str) -> Iterator[None]:
+        """Inside, nothing is left to be saved: a signal ends the program with this message."""
+        self._message = message
+        try:
+            if self.first:
+                self._leave()
+            yield
+        finally:
+            self._message = ""
+
+
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them (in the main thread; elsewhere nothing can be caught)."""
-    caught: list[int] = []
+def _signals(report: Callable[[str], None]) -> Iterator[_Caught]:
+    """Collect SIGINT and SIGTERM instead of dying of them."""
+    caught = _Caught(report)
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-
-    before: dict[int, Any] = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {s: signal.signal(s, caught.note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:

@@ -94,6 +94,7 @@ def evaluate(target: str, /, *, data: Data = None, json_file: JsonFile = None, s
         raise RecipeError(f"{target} is a recipe, which is not trained yet: 'bitspike train {target} --out RUN', then "
                           "'bitspike eval RUN'.")
     if kind == "run":
+        from bitspike.tasks import task_of
         from bitspike.training import evaluate as evaluate_model
         from bitspike.training import load_run
 
@@ -105,8 +106,10 @@ def evaluate(target: str, /, *, data: Data = None, json_file: JsonFile = None, s
         from bitspike.cli.files import evaluate_file
 
         result = evaluate_file(target, data, split, threads)
+    measured = (task_of(recipe).says(result) if kind == "run" and recipe.task != "classification"
+                else f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
     spent = f", {result['ms_per_image']:.3f} ms per image" if "ms_per_image" in result else ""
-    _console().print(f"{target}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {result['n']} images "
+    _console().print(f"{target}: {measured} of {result['n']} images "
                      f"({result['data']} {split}, {result['runtime']}{spent})", markup=False)
     if split == "val" and result["train_on"] == "train+val":
         warn(f"{target} was trained on train+val: it has seen these very pictures, so this is no estimate of its accuracy. "

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from bitspike.data.cifar import cifar10, cifar100
@@ -14,14 +15,18 @@ from bitspike.data.splits import Dataset
 
 _READERS = {"cifar10": cifar10, "cifar100": cifar100, "fashion_mnist": fashion_mnist, "imagenet": imagenet}
 
+#: pictures with targets for every pixel or object: (data_dir, skip_broken) -> Dataset
+_SCENES: dict[str, Callable[[Path | str, bool], Dataset]] = {}
+
 #: every name that `load` takes
-NAMES = (*_READERS, "fashion_mnist_sample", *_EVENTS)
+NAMES = (*_READERS, "fashion_mnist_sample", *_EVENTS, *_SCENES)
 
 
-def load(name: str, data_dir: Path | str | None, frames: Frames | None = None) -> Dataset:
+def load(name: str, data_dir: Path | str | None, frames: Frames | None = None, skip_broken: bool = False) -> Dataset:
     """The dataset of that name; `data_dir` holds its folder, by default the environment variable BITSPIKE_DATA says where.
 
-    frames: how recordings of an event camera become sequences [T, 2, H, W]; needed for those data sets only.
+    frames: how recordings of an event camera become sequences [T, 2, H, W]; needed for those data sets only. skip_broken: leave
+    out pictures whose annotations are broken; without it they are an error. Of no effect where there are no annotations.
 
     Errors: DataError for an unknown name, a missing folder or damaged files.
 
@@ -37,6 +42,8 @@ def load(name: str, data_dir: Path | str | None, frames: Frames | None = None) -
     data_dir = data_dir or os.environ.get("BITSPIKE_DATA")
     if not data_dir:
         raise DataError(f"{name} is read from a folder: say which with --data DIR or set BITSPIKE_DATA.")
+    if name in _SCENES:
+        return _SCENES[name](data_dir, skip_broken)
     if name not in _EVENTS:
         return _READERS[name](data_dir)
     if frames is None:

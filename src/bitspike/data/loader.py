@@ -58,7 +58,7 @@ class _Train(Dataset[tuple[Tensor, int]]):
         return image, int(self.split.labels[index])
 
 
-class _Keys:
+class Keys:
     """The epoch's batches of (epoch, index) keys for one process, from a step on: what the DataLoader walks through."""
 
     def __init__(self, order: Tensor, epoch: int, batches: list[slice]) -> None:
@@ -72,7 +72,7 @@ class _Keys:
             yield [(self.epoch, i) for i in self.order[part].tolist()]
 
 
-def _obey_the_main_process(worker: int) -> None:
+def obey_the_main_process(worker: int) -> None:
     """Ctrl-C reaches the workers too, but it is the training loop that decides when to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -100,9 +100,9 @@ class FileBatches:
         parts = [slice(p * self.batch_size + s.start, p * self.batch_size + s.stop)
                  for p in range(position, self.steps_per_epoch) for s in slices(self.batch_size, rank, world, accumulate)]
         self._loader = iter(DataLoader(
-            self._data, batch_sampler=_Keys(self._order, epoch, parts),  # type: ignore[arg-type]
+            self._data, batch_sampler=Keys(self._order, epoch, parts),  # type: ignore[arg-type]
             num_workers=self.workers, generator=generator(self.seed, "workers", epoch),
-            worker_init_fn=_obey_the_main_process, pin_memory=torch.cuda.is_available()))
+            worker_init_fn=obey_the_main_process, pin_memory=torch.cuda.is_available()))
 
     def step(self, step: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Batches.step`."""
@@ -149,5 +149,5 @@ def evaluation_batches(split: Split, size: int, batch_size: int, workers: int, r
     loader: DataLoader[tuple[Tensor, int]] = DataLoader(
         _Plain(split, size), batch_sampler=[p.tolist() for p in index.split(min(batch_size, 64))],
         num_workers=workers, generator=generator("evaluation"),
-        worker_init_fn=_obey_the_main_process)
+        worker_init_fn=obey_the_main_process)
     yield from loader

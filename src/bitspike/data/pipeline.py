@@ -9,7 +9,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -79,11 +79,11 @@ class Batches(Protocol):
 
     steps_per_epoch: int
 
-    def step(self, step: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    def step(self, step: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> Iterator[tuple[Tensor, Any]]:
         """The `accumulate` parts that process `rank` of `world` computes in this step, of equal size.
 
-        Each is (uint8 [b, C, H, W] or [b, T, C, H, W], int64 [b]); part a of rank r is part r * accumulate + a of the
-        step's batch.
+        Each is (uint8 [b, C, H, W] or [b, T, C, H, W], int64 [b], or what else the task's targets are); part a of
+        rank r is part r * accumulate + a of the step's batch.
         """
         ...
 

@@ -43,6 +43,7 @@ from bitspike.models.compact_spikeformer import SpikeAttention
 from bitspike.models.meta_spikeformer import Attention, MetaSpikeFormer, published_name
 from bitspike.models.published import PublishedWeightsError, read_weights
 from bitspike.neurons import IELIF, LIF
+from bitspike.objectives import autocast
 from bitspike.recipe import Loss, Output, Recipe, RecipeError
 from bitspike.spec import QuantSpec, Scheme
 
@@ -175,10 +176,9 @@ def fine_grained_distillation(model: nn.Module, recipe: Recipe, loss: Loss) -> L
     teacher = teacher.to(device).requires_grad_(False).eval()
     heads = next((m.heads for m in model.modules() if isinstance(m, Attention | SpikeAttention)), 1)
     student_taps, teacher_taps = QKVTaps(model), QKVTaps(teacher)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
 
     def distilled(images: Tensor, logits: Output, targets: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        with torch.no_grad(), autocast(recipe, device):
             teacher(images)
         with torch.autocast(device.type, enabled=False):
             term = fine_grained_loss(student_taps.take(), teacher_taps.take(), heads)

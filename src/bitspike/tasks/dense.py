@@ -1,0 +1,53 @@
+"""What the tasks with a target for every pixel or object share: their batches, and how targets get to the device."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitspike.data.pipeline import Batches
+from bitspike.data.scene_loader import MULTIPLE, SceneAugment, SceneBatches, evaluation_scenes
+from bitspike.data.scenes import Target
+from bitspike.data.splits import Dataset
+from bitspike.recipe import Recipe
+
+
+def scene_augment(recipe: Recipe) -> SceneAugment:
+    """What the recipe does to training pictures; borders have the mean colour, which the model sees as about 0."""
+    step = MULTIPLE if recipe.task == "detection" and len(recipe.scales) > 1 else 1
+    return SceneAugment(recipe.image_size, recipe.long_side, recipe.scales, step, recipe.crop == "random",
+                        recipe.flip == "random", recipe.colour_jitter, border_colour(recipe))
+
+
+def border_colour(recipe: Recipe) -> tuple[int, ...]:
+    """The mean colour, three whole numbers 0..255.
+
+    >>> border_colour(Recipe("x", torch.nn.Identity, mean=(0.5,), std=(1.0,)))
+    (128, 128, 128)
+    """
+    mean = recipe.mean * 3 if len(recipe.mean) == 1 else recipe.mean
+    return tuple(round(255 * m) for m in mean)
+
+
+class Dense:
+    """The part of `Task` that segmentation and detection have in common. Targets are a list of `Target`."""
+
+    def batches(self, recipe: Recipe, data: Dataset) -> Batches:
+        """See `SceneBatches`."""
+        split: Any = data.split(recipe.train_on)
+        return SceneBatches(split, recipe.batch_size, recipe.seed, scene_augment(recipe), recipe.workers)
+
+    def evaluation_batches(self, recipe: Recipe, data: Dataset, split: str, batch_size: int, rank: int,
+                           world: int) -> Iterator[tuple[Tensor, list[Target]]]:
+        """See `evaluation_scenes`; the short side is `image_size`, or less where the long one would pass `long_side`."""
+        plain = replace(scene_augment(recipe), scales=(1.0,), step=1, crop=False)
+        found: Any = data.split(split)
+        return evaluation_scenes(found, plain, min(batch_size, recipe.batch_size), recipe.workers, rank, world)
+
+    def blank(self, recipe: Recipe, data: Dataset) -> Tensor:
+        """A square of `image_size`, padded."""
+        side = -(-recipe.image_size // MULTIPLE) * MULTIPLE
+        return torch.zeros(1, 3, side, side, dtype=torch.uint8)
