@@ -11,12 +11,13 @@ from bitspike.data.event_sets import READERS as _EVENTS
 from bitspike.data.events.framing import Frames
 from bitspike.data.fashion_mnist import fashion_mnist, fashion_mnist_sample
 from bitspike.data.imagenet import imagenet
+from bitspike.data.segmentation_sets import READERS as _SEGMENTATION
 from bitspike.data.splits import Dataset
 
 _READERS = {"cifar10": cifar10, "cifar100": cifar100, "fashion_mnist": fashion_mnist, "imagenet": imagenet}
 
 #: pictures with targets for every pixel or object: (data_dir, skip_broken) -> Dataset
-_SCENES: dict[str, Callable[[Path | str, bool], Dataset]] = {}
+_SCENES: dict[str, Callable[[Path | str, bool], Dataset]] = {**_SEGMENTATION}
 
 #: every name that `load` takes
 NAMES = (*_READERS, "fashion_mnist_sample", *_EVENTS, *_SCENES)
