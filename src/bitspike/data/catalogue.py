@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bitspike.data.cifar import cifar10, cifar100
+from bitspike.data.coco import coco, coco_overfit
 from bitspike.data.errors import DataError
 from bitspike.data.event_sets import READERS as _EVENTS
 from bitspike.data.events.framing import Frames
@@ -17,7 +18,7 @@ from bitspike.data.splits import Dataset
 _READERS = {"cifar10": cifar10, "cifar100": cifar100, "fashion_mnist": fashion_mnist, "imagenet": imagenet}
 
 #: pictures with targets for every pixel or object: (data_dir, skip_broken) -> Dataset
-_SCENES: dict[str, Callable[[Path | str, bool], Dataset]] = {**_SEGMENTATION}
+_SCENES: dict[str, Callable[[Path | str, bool], Dataset]] = {"coco": coco, "coco_overfit": coco_overfit, **_SEGMENTATION}
 
 #: every name that `load` takes
 NAMES = (*_READERS, "fashion_mnist_sample", *_EVENTS, *_SCENES)

@@ -104,9 +104,9 @@ class Detector(nn.Module):
     """What both detectors share: pictures in, losses or detections out.
 
     A call takes a batch [B, 3, H, W] (normalised, padded) or a list of pictures [3, H_i, W_i]; it pads them at the right and
-    below with zeros, to a multiple of the coarsest stride. In training mode it needs targets and returns the losses; in eval mode a
-    list of dicts: boxes [N, 4] in pixels of the picture, labels int64 [N], scores [N] in descending order and, of Mask R-CNN,
-    masks [N, 1, H, W] (probabilities, 0 outside of the box), as torchvision's detectors do.
+    below with zeros, to a multiple of the coarsest stride. In training mode it needs targets and returns the losses; in eval
+    mode a list of dicts: boxes [N, 4] in pixels of the picture, labels int64 [N], scores [N] in descending order and, of Mask
+    R-CNN, masks [N, 1, H, W] (probabilities, 0 outside of the box), as torchvision's detectors do.
     targets: boxes, labels, masks; "iscrowd" [N], objects that are left out where it is not 0; "size" [2], in either mode:
     height and width of the picture itself, without the padding that the batch already has.
     Errors: ValueError for training without targets or with targets that cannot be meant.
@@ -115,6 +115,11 @@ class Detector(nn.Module):
     def __init__(self, dense: Dense, anchors: AnchorGenerator, classes: int) -> None:
         super().__init__()
         self.dense, self.anchors, self.num_classes = dense, anchors, classes
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What looked at the picture before the neck: may have a learning rate of its own."""
+        return self.dense.backbone
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -148,7 +153,7 @@ class Detector(nn.Module):
         whole = [(int(p.shape[-2]), int(p.shape[-1])) for p in pictures]
         targets = [{}] * len(whole) if targets is None else targets
         if len(targets) != len(whole):
-            raise ValueError(f"{type(self).__name__}: {len(whole)} pictures but {len(targets)} targets; give one dict a picture.")
+            raise ValueError(f"{type(self).__name__}: {len(whole)} pictures but {len(targets)} targets; give a dict for each.")
         sizes = [own if "size" not in one else (int(one["size"][0]), int(one["size"][1]))
                  for own, one in zip(whole, targets, strict=True)]
         height, width = (-(-max(s[i] for s in whole) // coarsest) * coarsest for i in (0, 1))
@@ -184,6 +189,26 @@ def _without_crowds(target: dict[str, Tensor]) -> dict[str, Tensor]:
         return target
     keep = target["iscrowd"] == 0
     return {name: target[name][keep] for name in ("boxes", "labels", "masks") if name in target}
+
+
+def in_picture(found: dict[str, Tensor], size: Tensor, original: Tensor) -> dict[str, Tensor]:
+    """What `Detector.detect` found in a resized picture, in pixels of the picture as it was.
+
+    size, original: int64 [2], height and width after and before the resizing. Masks become bool [N, H, W]: probability
+    above one half.
+
+    >>> one = {"boxes": torch.tensor([[0.0, 0.0, 2.0, 1.0]]), "masks": torch.ones(1, 1, 28, 28)}
+    >>> shown = in_picture(one, torch.tensor([2, 4]), torch.tensor([4, 8]))
+    >>> shown["boxes"].tolist(), tuple(shown["masks"].shape)
+    ([[0.0, 0.0, 4.0, 2.0]], (1, 4, 8))
+    """
+    height, width = original.tolist()
+    ratio = (original / size).flip(0).repeat(2).to(found["boxes"])  # x, y, x, y
+    boxes = clip_boxes_to_image(found["boxes"] * ratio, (height, width))
+    found = {**found, "boxes": boxes}
+    if "masks" in found:
+        found["masks"] = paste_masks_in_image(found["masks"], boxes, (height, width))[:, 0] > 0.5
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ Mask R-CNN
@@ -352,9 +377,28 @@ def retinanet(backbone: nn.Module, num_classes: int = 80, *, width: int = 256, l
 
 
 # ----------------------------------------------------------------------------------------- sizes for a CPU
+# Ours, for pictures of 192 to 320 pixels. The counts reach 0..2 in steps of 1/2, since the norms before every neuron give
+# values of about 1; anchors are 4 strides, 32 to 256 pixels.
 def small_backbone(widths: tuple[int, int, int, int] = (24, 48, 96, 96), time_steps: int = 1, levels: int = 4,
                    gain: float = 2.0) -> MetaSpikeFormer:
-    """Meta-SpikeFormer, strict topology, for pictures of about 192 to 320 pixels; strides 4, 8, 16, 16."""
+    """Meta-SpikeFormer of strict topology without a purpose of its own; strides 4, 8, 16, 16."""
     return MetaSpikeFormer(widths, (1, 1), heads=4, mlp_ratio=2, num_classes=1, time_steps=time_steps,
                            neuron=partial(IELIF, levels, gain), attention_neuron=partial(ielif_attention, levels),
                            attention_scale=1 / 64, layer_scale=1.0, topology="strict", stem=(3, 2))
+
+
+def small_mask_rcnn(num_classes: int = 80, widths: tuple[int, int, int, int] = (24, 48, 96, 96), width: int = 64,
+                    hidden: int = 256, mask_convs: int = 2, levels: int = 4, gain: float = 2.0,
+                    score: float = 0.05) -> MaskRCNN:
+    """1.9 M weights with 80 classes; strides 8, 16, 32, 64. `levels` and `gain` are those of the neurons."""
+    return mask_rcnn(small_backbone(widths, levels=levels, gain=gain), num_classes, width=width, levels=4, finest=8,
+                     neuron=partial(IELIF, levels, gain), anchor_scale=4, hidden=hidden, mask_convs=mask_convs, region_levels=3,
+                     canonical=64, anchors_sampled=128, regions_sampled=32, candidates=(200, 200), proposals=(100, 50),
+                     score=score)
+
+
+def small_retinanet(num_classes: int = 80, widths: tuple[int, int, int, int] = (24, 48, 96, 96), width: int = 64,
+                    convs: int = 2, levels: int = 4, gain: float = 2.0, score: float = 0.05) -> RetinaNet:
+    """1.0 M weights with 80 classes; strides 8, 16, 32, 64."""
+    return retinanet(small_backbone(widths, levels=levels, gain=gain), num_classes, width=width, levels=4, finest=8,
+                     neuron=partial(IELIF, levels, gain), anchor_scale=4, convs=convs, candidates=200, score=score)

@@ -18,9 +18,9 @@ class AveragePrecision:
 
     `add(detections, targets)`: per picture boxes [N, 4] (x1, y1, x2, y2), labels, scores and perhaps masks [N, H, W], in pixels
     of the stored picture; targets as `data.coco.read_objects` gives them, with crowds.
-    `compute()`: box_map (mean over the overlaps 0.5 .. 0.95, in percent), box_map50, box_map75, box_map_small, _medium, _large, the
-    same as mask_* where there are masks, and n, the pictures. An area without objects has no number. Every process keeps its own
-    pictures and all see all when it is computed, sorted by picture: the result does not depend on their number.
+    `compute()`: box_map (mean over the overlaps 0.5 .. 0.95, in percent), box_map50, box_map75, box_map_small, _medium, _large,
+    the same as mask_* where there are masks, and n, the pictures. An area without objects has no number. Every process keeps
+    its own pictures and all see all when it is computed, sorted by picture: the result does not depend on their number.
     Errors of `compute`: DataError for a picture that came twice.
     Source: Lin et al. 2014; equal to pycocotools' figures.
     """
@@ -37,7 +37,8 @@ class AveragePrecision:
             if picture in self._seen:
                 self._twice.append(picture)
             self._seen[picture] = {
-                "found": _plain(found, ("boxes", "labels", "scores")), "true": _plain(target, ("boxes", "labels", "area", "iscrowd")),
+                "found": _plain(found, ("boxes", "labels", "scores")),
+                "true": _plain(target, ("boxes", "labels", "area", "iscrowd")),
                 "found_masks": _runs(found["masks"]) if "masks" in found else None,
                 "true_masks": _runs(target["masks"]) if "masks" in target else None,
                 "size": tuple(int(v) for v in target.get("original_size", target["masks"].shape[-2:])),
