@@ -1,6 +1,7 @@
 """Input normalisation, and what a model is measured by on a split."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from bitspike.objectives import SpikeCounts, autocast
 from bitspike.recipe import Recipe
 from bitspike.tasks import rank_and_world, summed, task_of
 
-__all__ = ["as_input", "autocast", "evaluate", "load_for", "normalise"]
+__all__ = ["as_input", "autocast", "evaluate", "limited", "load_for", "normalise"]
 
 
 def normalise(pixels: Tensor, recipe: Recipe) -> Tensor:
@@ -49,7 +50,7 @@ def evaluate(model: nn.Module, recipe: Recipe, data: Dataset | Path | str | None
     data: a loaded dataset or its folder. In eval mode and in the recipe's precision; the model's mode is restored. Under
     torchrun every process takes its share.
     """
-    dataset = data if isinstance(data, Dataset) else load_for(recipe, data)
+    dataset = limited(data, recipe) if isinstance(data, Dataset) else load_for(recipe, data)
     task = task_of(recipe)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     meter = task.meter(recipe, dataset, device)
@@ -78,4 +79,12 @@ def evaluate(model: nn.Module, recipe: Recipe, data: Dataset | Path | str | None
 
 def load_for(recipe: Recipe, data_dir: Path | str | None) -> Dataset:
     """The recipe's data, as it wants them. Errors: DataError."""
-    return load(recipe.data, data_dir, recipe.event_frames(), recipe.skip_broken)
+    return limited(load(recipe.data, data_dir, recipe.event_frames(), recipe.skip_broken), recipe)
+
+
+def limited(data: Dataset, recipe: Recipe) -> Dataset:
+    """The data with only `recipe.pictures` training pictures, evenly spaced; all of them if it is 0 or there are no more."""
+    count, there = recipe.pictures, len(data.train)
+    if not 0 < count < there:
+        return data
+    return replace(data, train=data.train.take(torch.arange(count) * there // count))

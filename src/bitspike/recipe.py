@@ -51,7 +51,8 @@ class Recipe:
     less where the long side would pass `long_side` (0: no limit); in training it is image_size times a factor drawn between the
     two numbers of `scales`, and crop="random" then cuts a square of image_size. `colour_jitter` changes brightness, contrast
     and saturation by up to that share. `auxiliary` weighs the loss of an auxiliary head. `skip_broken` leaves pictures
-    with broken annotations out instead of refusing the data.
+    with broken annotations out instead of refusing the data. `pictures` takes only so many of the training pictures, evenly
+    spaced (0: all). `window`: in evaluation a segmenter sees overlapping squares of that side (0: the whole picture).
     Steps: `batch_size` is that of one optimizer step, over all processes and `accumulate` parts.
     objective: `objective(model, recipe, loss) -> loss` lets a paper replace the loss; it is called once, with the model on
     its device, so it may load a `teacher`, hook layers, and weigh its term by `distill`. teacher_labels: whether a teacher
@@ -98,6 +99,8 @@ class Recipe:
     long_side: int = 0
     colour_jitter: float = 0.0
     skip_broken: bool = False
+    pictures: int = 0
+    window: int = 0
     rand_augment: str = ""
     random_erasing: float = 0.0
     mixup: float = 0.0
@@ -298,7 +301,7 @@ class Recipe:
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("batch_size accumulate image_size validate_every", "an integer of at least 1", lambda v: v >= 1),
     ("bits", "1..8, or 32 for float weights", lambda v: v in (*range(1, 9), 32)),
-    ("workers translate cutout frames long_side", "an integer of at least 0", lambda v: v >= 0),
+    ("workers translate cutout frames long_side pictures window", "an integer of at least 0", lambda v: v >= 0),
     ("epochs lr temperature", "a finite number above 0", lambda v: 0 < v < math.inf),
     ("weight_decay plain_lr scale_lr head_lr warmup_epochs warmup_lr min_lr grad_clip mixup cutmix mixup_off_epoch "
      "spike_penalty regulation distill auxiliary colour_jitter", "a finite number of at least 0", lambda v: 0 <= v < math.inf),
@@ -310,7 +313,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("drop_epochs", "finite numbers above 0, in order", lambda v: all(0 < d < math.inf for d in v) and sorted(v) == list(v)),
     ("std", "finite numbers above 0", lambda v: len(v) > 0 and all(0 < s < math.inf for s in v)),
 )
-_DENSE_ONLY = ("scales", "long_side", "colour_jitter", "skip_broken", "auxiliary")
+_DENSE_ONLY = ("scales", "long_side", "colour_jitter", "skip_broken", "auxiliary", "pictures", "window")
 _CLASSIFICATION_ONLY = ("translate", "cutout", "rand_augment", "random_erasing", "mixup", "cutmix", "mixup_off_epoch", "frames",
                         "label_smoothing")
 _LATER = ("start", "distill_logits", "teacher_labels", "temperature", "regulation", "frames", "frames_by", "event_augment",

@@ -35,7 +35,7 @@ from bitspike.checkpoints import (
 )
 from bitspike.data import DataError, Dataset
 from bitspike.data.pipeline import mix, seed_globals, seed_of
-from bitspike.evaluation import as_input, evaluate, load_for, normalise
+from bitspike.evaluation import as_input, evaluate, limited, load_for, normalise
 from bitspike.layers import annealed_modules
 from bitspike.models.published import PublishedWeightsError
 from bitspike.objectives import (
@@ -76,7 +76,7 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
     run = Path(out_dir)
     accelerator = _accelerator(recipe)
     task = task_of(recipe)
-    data = data_dir if isinstance(data_dir, Dataset) else load_for(recipe, data_dir)
+    data = limited(data_dir, recipe) if isinstance(data_dir, Dataset) else load_for(recipe, data_dir)
     folder = open_run(run, recipe, data.hash)
     state: dict[str, Any] = read_state(folder) if folder else {"step": 0, "finished": False, "seconds": 0.0}
     if state["finished"]:

@@ -49,7 +49,7 @@ def camvid(data_dir: Path | str, skip_broken: bool = False) -> Dataset:
 
 
 def pascal_voc(data_dir: Path | str, skip_broken: bool = False) -> Dataset:
-    """Pascal VOC 2012 segmentation, or data in its layout: JPEGImages, SegmentationClass (palette PNGs), ImageSets/Segmentation.
+    """Pascal VOC 2012 segmentation, or data in its layout: JPEGImages, SegmentationClass (palettes), ImageSets/Segmentation.
 
     20 classes and background, 255 void. `test` is the published val, `val` 5 % of train. Errors: DataError.
     """

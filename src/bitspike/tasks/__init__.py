@@ -79,7 +79,7 @@ def task_of(recipe: Recipe) -> Task:
     if recipe.task == "segmentation":
         from bitspike.tasks.segmentation import Segmentation
 
-        return Segmentation()
+        return Segmentation(recipe.window)
     if recipe.task == "detection":
         from bitspike.tasks.detection import Detection
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bitspike.data.scenes import VOID, Target
 from bitspike.data.splits import Dataset
+from bitspike.models.segmentation import slide
 from bitspike.objectives import prediction
 from bitspike.recipe import Loss, Recipe, RecipeError
 from bitspike.tasks import Meter
@@ -37,13 +38,16 @@ class Segmentation(Dense):
 
     headline, label = "miou", "mIoU"
 
+    def __init__(self, window: int = 0) -> None:
+        self.window = window
+
     def to_device(self, targets: list[Target], device: torch.device) -> Tensor:
         """int64 [B, H, W], VOID where nothing counts."""
         return torch.stack([target["semantic"] for target in targets]).to(device).long()
 
     def forward(self, model: nn.Module, images: Tensor, targets: Any) -> Any:
-        """Logits [B, K, h, w], or in training a dict of them."""
-        return model(images)
+        """Logits [B, K, h, w], or in training a dict of them; with a `window` in evaluation by `models.segmentation.slide`."""
+        return slide(model, images, self.window) if self.window and not model.training else model(images)
 
     def loss(self, recipe: Recipe) -> Loss:
         """`pixel_loss`, plus recipe.auxiliary times that of an auxiliary head."""
