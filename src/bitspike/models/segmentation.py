@@ -21,7 +21,6 @@ from bitspike.models.meta_spikeformer import MetaSpikeFormer
 from bitspike.models.pyramid import Pyramid, features_of, measure, without_classifier
 from bitspike.neurons import IELIF, timewise
 
-
 NeuronFactory = Callable[[], nn.Module]
 
 
@@ -69,9 +68,9 @@ class _Classes(nn.Module):
 class SemanticFPN(nn.Module):
     """The network of this file.
 
-    Args: backbone: a network with `forward_features`; its classifier is taken off. width: channels of neck and head. neuron:
-    gives a new neuron of neck and head. auxiliary: index of the backbone's map that a second, small head reads in training; None for
-    none. Maps and strides are measured (`models.pyramid`); maps of one stride make one level.
+    Args: backbone: a network with `forward_features`; its classifier is taken off. width: channels of neck and head.
+    neuron: gives a new neuron of neck and head. auxiliary: index of the backbone's map that a second, small head reads in
+    training; None for none. Maps and strides are measured (`models.pyramid`); maps of one stride make one level.
     Shapes: images [B, C, H, W] or sequences [T, B, C, H, W], H and W multiples of the coarsest stride -> logits [B, K, H / s,
     W / s], s the finest stride, mean over T; in training with an auxiliary head {"out": those, "aux": at its level's stride}.
     Errors: ValueError for a backbone that gives no pyramid, or an unknown level.
@@ -89,7 +88,7 @@ class SemanticFPN(nn.Module):
         maps = measure(backbone)
         if auxiliary is not None and not 0 <= auxiliary < len(maps.channels):
             raise ValueError(f"SemanticFPN: auxiliary={auxiliary}; allowed: None or a map 0..{len(maps.channels) - 1}.")
-        self.backbone, self.map = without_classifier(backbone), auxiliary
+        self.backbone, self.map = without_classifier(backbone), auxiliary or 0
         self.neck = Pyramid(maps, width, len(set(maps.strides)), neuron=neuron)
         self.strides = self.neck.strides
         self.branches = nn.ModuleList([_Branch(width, stride // self.strides[0], neuron) for stride in self.strides])
