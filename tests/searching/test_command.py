@@ -54,6 +54,9 @@ def test_from_search_to_pictures(trained, tmp_path, capsys):
     (("--budget", "bits=0.5"), "down to bits=1"), (("--budget", "weight=3"), "bytes=900kB"),
     (("--budget", "bits=3", "--candidates", "magic:3"), "unknown scheme 'magic'"),
     (("--budget", "bits=3", "--layer", "nose=uniform:8"), "no such layer"),
+    (("--budget", "bits=3", "--layer", "head"), "expected LAYERS=CANDIDATES"),
+    (("--budget", "bits=3", "--cheap", "time"), "bytes, energy"),
+    (("--budget", "bits=3", "--method", "blackbox", "--trials", "0"), "trials=0"),
     (("--budget", "bits=3", "--technology", "none.json"), "no preset"), (("--budget", "bits=3", "--images", "2"), "at least 4"),
     (("--budget", "bits=3", "--method", "magic"), "sensitivity, differentiable, blackbox")])
 def test_one_message_per_mistake(trained, tmp_path, capsys, words, message):

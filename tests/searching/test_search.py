@@ -136,9 +136,11 @@ def test_unreachable_budgets_are_refused_before_any_work(tmp_path):
 
 def test_losses_that_are_not_finite_name_the_candidate():
     net = network()
+    with pytest.raises(SearchError, match="full-precision network gives logits"):
+        search(net, FEW, "bits=3", pictures(), forward=lambda model, x: model(x) * float("inf"))
     with torch.no_grad():
         net[7].weight[0, 0] = float("nan")
-    with pytest.raises(SearchError, match="full-precision network gives logits"):
+    with pytest.raises(SearchError, match=r"7\.weight holds values that are not finite"):
         search(net, FEW, "bits=3", pictures())
 
     class Overflows(nn.Module):
@@ -156,10 +158,18 @@ def test_losses_that_are_not_finite_name_the_candidate():
 
 
 @pytest.mark.parametrize("asked,match", [({"method": "magic"}, "sensitivity, differentiable, blackbox"),
-                                         ({"measure": "hope"}, "fisher")])
+                                         ({"measure": "hope"}, "fisher"),
+                                         ({"cheap": "time"}, "bytes, energy")])
 def test_unknown_methods(asked, match):
     with pytest.raises(SearchError, match=match):
         search(network(), FEW, "bits=3", pictures(), **asked)
+
+
+def test_options_that_cannot_be_meant():
+    with pytest.raises(SearchError, match="trials=0; at least 1"):
+        BlackBox(trials=0)
+    with pytest.raises(SearchError, match="steps=0; it must be"):
+        Differentiable(steps=0)
 
 
 def test_data_that_cannot_be_meant():

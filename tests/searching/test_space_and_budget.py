@@ -53,20 +53,49 @@ def test_no_layers_and_layers_without_a_choice():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=8), st.integers(0, 2**31), st.floats(1, 8))
-def test_random_choices_keep_to_the_limit(weights, seed, most):
+def test_filled_random_choices_leave_no_room(weights, seed, most):
     names = [f"l{i}" for i in range(len(weights))]
     space = Space(dict.fromkeys(names, CANDIDATES), dict(zip(names, weights, strict=True)))
-    choice = space.random(seed, most)
-    assert space.bits(choice) <= most + 1e-6 and choice == space.random(seed, most)
+    choice = space.random_filled(seed, most)
+    assert space.bits(choice) <= most + 1e-6 and choice == space.random_filled(seed, most)
     # no single layer could have more
     room = most * sum(weights) + 1e-6 - sum(space.weights[n] * s.bits for n, s in choice.items())
     steps = [space.weights[n] * (s.bits - choice[n].bits) for n in names for s in CANDIDATES if s.bits > choice[n].bits]
     assert all(step > room for step in steps)
 
 
-def test_random_choice_out_of_reach():
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=8), st.integers(0, 2**31), st.floats(1, 8))
+def test_random_choices_keep_to_the_limit(weights, seed, most):
+    names = [f"l{i}" for i in range(len(weights))]
+    space = Space(dict.fromkeys(names, CANDIDATES), dict(zip(names, weights, strict=True)))
+    choice = space.random(seed, most, draws=200)
+    assert space.bits(choice) <= most + 1e-6 and choice == space.random(seed, most, draws=200)
+
+
+def test_random_choices_of_equal_bits_are_equally_likely():
+    """Of two equal layers with 3 bits on average, every pair whose bits add up to 6 comes as often as any other."""
+    space = Space(dict.fromkeys("ab", tuple(Scheme("uniform", b) for b in (2, 3, 4, 8))), {"a": 50, "b": 50})
+    drawn = [tuple(s.bits for s in space.random(seed, 3.0).values()) for seed in range(300)]
+    assert {pair: drawn.count(pair) > 70 for pair in ((2, 4), (3, 3), (4, 2))} == dict.fromkeys(((2, 4), (3, 3), (4, 2)), True)
+    assert len(drawn) == sum(map(drawn.count, ((2, 4), (3, 3), (4, 2))))
+
+
+def test_a_random_choice_in_a_large_space_is_close_to_the_limit():
+    names = [f"l{i}" for i in range(112)]
+    space = Space(dict.fromkeys(names, CANDIDATES), dict.fromkeys(names, 1000))
+    assert all(1.95 <= space.bits(space.random(seed, 2.0)) <= 2 for seed in range(5))
+
+
+@pytest.mark.parametrize("kind", ["random", "random_filled"])
+def test_random_choice_out_of_reach(kind):
     with pytest.raises(SearchError, match="smallest average of these candidates is 4"):
-        make_space(NET, [Scheme("uniform", 4)]).random(0, 3)
+        getattr(make_space(NET, [Scheme("uniform", 4)]), kind)(0, 3)
+
+
+def test_a_budget_given_twice():
+    with pytest.raises(SearchError, match="bits is limited twice"):
+        Budget.parse("bits=3", "bytes=1kB", "bits=4")
 
 
 def test_budgets_parse():

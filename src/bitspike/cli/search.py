@@ -70,6 +70,7 @@ def search(target: str, /, *, budget: Texts, out: Path, data: Data = None, metho
     from bitspike.searching import (
         CANDIDATES,
         Budget,
+        SearchError,
         blackbox,
         differentiable,
         parse_candidates,
@@ -77,15 +78,21 @@ def search(target: str, /, *, budget: Texts, out: Path, data: Data = None, metho
         write_spec,
     )
     from bitspike.searching import search as run_search
+    from bitspike.searching.measure import check_finite
 
     check_folder("--out", out)
     limits = Budget.parse(*budget)
     constants = read_technology(technology)
     rules = {"*": parse_candidates(candidates) if candidates else CANDIDATES}
     for rule in layer:
-        pattern, _, text = rule.partition("=")
+        pattern, equals, text = rule.partition("=")
+        if not equals or not pattern.strip():
+            raise SearchError(f"--layer {rule!r}: expected LAYERS=CANDIDATES, such as --layer 'head=uniform:8'.")
         rules[pattern.strip()] = parse_candidates(text)
+    options: Any = {"blackbox": lambda: blackbox.Options(trials, storage),
+                    "differentiable": lambda: differentiable.Options(steps)}.get(method, lambda: None)()
     model, recipe, shown = _network(target, settings, data)
+    check_finite(model)
     known = _data(recipe, data, images, seed)
 
     def forward(network: nn.Module, x: torch.Tensor) -> Any:
@@ -93,8 +100,6 @@ def search(target: str, /, *, budget: Texts, out: Path, data: Data = None, metho
             return network(as_input(x))
 
     overhead = _overhead(model, recipe, data) if recipe.frames == 0 else 0
-    options: Any = {"blackbox": lambda: blackbox.Options(trials, storage),
-                    "differentiable": lambda: differentiable.Options(steps)}.get(method, lambda: None)()
     out.mkdir(parents=True, exist_ok=True)
     teller = _Teller()
     spec, report = run_search(model, rules, limits, known, method=method, measure=measure, out=out, seed=seed,
@@ -102,7 +107,7 @@ def search(target: str, /, *, budget: Texts, out: Path, data: Data = None, metho
                               cheap=cheap)
     write_spec(spec, out / "spec.json")
     write_report(report, out / "report.json")
-    lines = _next_steps(shown, recipe, out, target)
+    lines = _next_steps(shown, recipe, out, target, data)
     _write_pictures(report, out, lines)
     _tell_result(report, out, lines)
     return 0
@@ -221,10 +226,13 @@ def _provenance_like(recipe: Recipe) -> dict[str, Any]:
             "data_hash": "x" * 64, "commit": "x" * 46}
 
 
-def _next_steps(name: str, recipe: Recipe, out: Path, target: str) -> list[str]:
-    run = target if Path(target).is_dir() else "RUN"
-    return [f"bitspike train {name} --spec {out}/spec.json --start {run} --set teacher={run} --set distill_logits=1 "
-            f"--out TUNED", "bitspike export TUNED -o network.bitspike", "bitspike run network.bitspike PICTURE"]
+def _next_steps(name: str, recipe: Recipe, out: Path, target: str, data: Path | None) -> list[str]:
+    """Commands that tune and use what was found: a tenth of the recipe's epochs, at less than half its learning rate."""
+    run, where = target if Path(target).is_dir() else "RUN", f" --data {data}" if data is not None else ""
+    shorter = {"epochs": recipe.epochs / 10, "warmup_epochs": recipe.epochs / 100, "lr": 0.4 * recipe.lr}
+    return [f"bitspike train {name}{where} --spec {out}/spec.json --start {run} --set teacher={run} --set distill_logits=1 "
+            + "".join(f"--set {field}={value:.2g} " for field, value in shorter.items()) + "--out TUNED",
+            f"bitspike export TUNED{where} -o network.bitspike", "bitspike run network.bitspike PICTURE"]
 
 
 def _write_pictures(report: SearchReport, out: Path, lines: list[str]) -> None:

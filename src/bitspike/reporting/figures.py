@@ -36,7 +36,7 @@ def _new(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axe
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(GRID)
-        ax.tick_params(colors=QUIET, length=0, labelsize=9)
+        ax.tick_params(which="both", colors=QUIET, length=0, labelsize=9)
         ax.grid(color=GRID, linewidth=0.8)
         ax.set_axisbelow(True)
     return figure, axes
@@ -74,11 +74,12 @@ def front_figure(points: Sequence[Point], title: str = "accuracy") -> Figure:
             if not mine:
                 continue
             big = group == "searched"
+            level = {"searched": 4, "front": 2}.get(group, 3)
             ax.scatter([p[cost] / unit for p in mine], [p["top1"] for p in mine], s=90 if big else 42, c=colour, marker=marker,
-                       zorder=4 if big else 3, label=name, edgecolors=None if marker == "x" else "white", linewidths=1.3)
+                       zorder=level, label=name, edgecolors=None if marker == "x" else "white", linewidths=1.3)
             for p in mine:
                 if group in ("searched", "float", "uniform", "uniform ends", "pow2"):
-                    text = "float" if group == "float" else f"{p['bits']:.2g}"
+                    text = "float" if group == "float" else f"{p['bits']:.3g}"
                     ax.annotate(text, (p[cost] / unit, p["top1"]), xytext=(0, 8 if big else -13), textcoords="offset points",
                                 ha="center", fontsize=8, color=colour, fontweight="bold" if big else "normal")
         ax.set_xscale("log")
@@ -87,6 +88,7 @@ def front_figure(points: Sequence[Point], title: str = "accuracy") -> Figure:
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel(label, color=QUIET, fontsize=10)
         ax.margins(0.08, 0.12)
+        ax.set_ylim(top=min(ax.get_ylim()[1], 101.5))
     axes[0].set_ylabel(f"{title}, %", color=QUIET, fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(7, len(labels)), frameon=False, fontsize=9,

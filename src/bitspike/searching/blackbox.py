@@ -31,6 +31,10 @@ class Options:
     trials: int = 100
     storage: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise SearchError(f"blackbox.Options: trials={self.trials}; at least 1 is needed, some hundred are sensible.")
+
 
 def _storage(options: Options, folder: Path | None) -> Any:
     import optuna

@@ -54,7 +54,10 @@ class Budget:
             except (KeyError, OverflowError, ValueError, TypeError):
                 raise SearchError(f"budget {text!r}: allowed are {', '.join(_EXAMPLES.values())} (units: B, kB, MB, KiB, MiB; "
                                   "pJ, nJ, uJ, mJ).") from None
-            found[{"energy": "energy_pj"}.get(name.strip(), name.strip())] = number
+            key = {"energy": "energy_pj"}.get(name.strip(), name.strip())
+            if key in found:
+                raise SearchError(f"budget {text!r}: {name.strip()} is limited twice; give it once.")
+            found[key] = number
         size = found.pop("bytes", None)
         return cls(None if size is None else int(size), **found)
 

@@ -15,7 +15,7 @@ from bitspike.cost import CMOS_45NM, Technology
 from bitspike.searching import blackbox, differentiable
 from bitspike.searching.budget import Budget
 from bitspike.searching.costs import Costs, Totals
-from bitspike.searching.measure import Bench, Forward, Journal, SearchData, call
+from bitspike.searching.measure import Bench, Forward, Journal, SearchData, call, check_finite
 from bitspike.searching.programme import Damage, cheapest, choose
 from bitspike.searching.sensitivity import choice_key, fisher_table, measured_table
 from bitspike.searching.space import CANDIDATES, Choice, SearchError, Space, key_of, make_space
@@ -99,8 +99,8 @@ def search(model: nn.Module, candidates: Sequence[Scheme] | Mapping[str, Sequenc
         overhead_bytes: of the file, besides the layers; `bitspike search` finds it by exporting once.
         tell: called with (text, done, total) as it goes.
     Returns: the spec, one rule per layer, and the report.
-    Errors: SearchError: nothing to search, a budget that cannot be met (with the smallest values that can), a loss that is not
-        finite (with the candidate to blame), a folder of another search.
+    Errors: SearchError: nothing to search, a budget that cannot be met (with the smallest values that can), weights or a loss
+        that are not finite (with the tensor or the candidate to blame), a folder of another search.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -114,6 +114,9 @@ def search(model: nn.Module, candidates: Sequence[Scheme] | Mapping[str, Sequenc
     if method not in METHODS or measure not in ("loss", "fisher"):
         raise SearchError(f"method={method!r}, measure={measure!r}; allowed: {', '.join(METHODS)}; loss, fisher.")
     limits = Budget.parse(*budget.replace(",", " ").split()) if isinstance(budget, str) else budget
+    if cheap not in ("bytes", "energy"):
+        raise SearchError(f"cheap={cheap!r}; allowed: bytes, energy.")
+    check_finite(model)
     started, folder = time.monotonic(), None if out is None else Path(out)
     say = tell or (lambda text, done, total: None)
     bench = Bench(model, data, forward)
@@ -155,8 +158,6 @@ def measured_point(bench: Bench, costs: Costs, journal: Journal, name: str, grou
 def _for_drop(bench: Bench, space: Space, costs: Costs, damage: Damage, budget: Budget, journal: Journal, cheap: str,
               say: Tell) -> Choice:
     """The cheapest choice on the front whose measured accuracy is within the drop: bisection over the front."""
-    if cheap not in ("bytes", "energy"):
-        raise SearchError(f"cheap={cheap!r}; allowed: bytes, energy.")
     full = journal.get("float", lambda: vars(bench.measure({})))["top1"]
     front = _front(space, costs, damage, 33, cheap, budget)
     best: Choice | None = None

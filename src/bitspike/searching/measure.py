@@ -96,6 +96,14 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def check_finite(model: nn.Module) -> None:
+    """Errors: SearchError naming the first tensor of the model that holds NaN or infinity."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise SearchError(f"{name} holds values that are not finite: its training went wrong, and nothing can be measured. "
+                              "Take an earlier checkpoint, or train again with a lower learning rate.")
+
+
 @torch.no_grad()
 def renew_norms(model: nn.Module, images: Tensor, forward: Forward = call, batch: int = 250) -> None:
     """Give every batch norm the mean and variance of these images, in place: a quantized layer shifts and scales its output."""

@@ -94,19 +94,55 @@ class Space:
                               f"{', '.join(map(key_of, self.layers[empty[0]]))}.")
         return Space(layers, self.weights)
 
-    def random(self, seed: int, most_bits: float) -> Choice:
+    def _least(self, most_bits: float) -> Choice:
+        """The choice of fewest bits. Errors: SearchError if even that has more than `most_bits`."""
+        least: Choice = {name: min(found, key=lambda s: s.bits) for name, found in self.layers.items()}
+        if self.bits(least) > most_bits + 1e-9:
+            raise SearchError(f"bits={most_bits:g} cannot be reached: the smallest average of these candidates is "
+                              f"{self.bits(least):g}.")
+        return least
+
+    def random(self, seed: int, most_bits: float, within: float = 0.05, draws: int = 10_000) -> Choice:
+        """A random choice among all of most_bits - within to most_bits average bits: those of equal bits are equally likely.
+
+        Layers are drawn independently with probabilities proportional to exp(-c * weights * bits), c such that the mean is in
+        the middle, until a draw is within. Where no draw is (a space of few choices), it is the closest below.
+        Errors: SearchError if nothing is below.
+        """
+        best, draw, total = self._least(most_bits), random.Random(seed), sum(self.weights.values())
+
+        def shares(c: float) -> dict[str, list[float]]:
+            powers = {n: [-c * self.weights[n] / total * s.bits for s in found] for n, found in self.layers.items()}
+            return {n: [math.exp(p - max(row)) for p in row] for n, row in powers.items()}
+
+        def mean(c: float) -> float:
+            return sum(self.weights[n] / total * sum(p * s.bits for p, s in zip(row, self.layers[n], strict=True)) / sum(row)
+                       for n, row in shares(c).items())
+
+        low, high = -1e4, 1e4
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if mean(middle) > most_bits - within / 2 else (low, middle)
+        odds = shares(high)
+        for _ in range(draws):
+            choice = {name: draw.choices(found, odds[name])[0] for name, found in self.layers.items()}
+            bits = self.bits(choice)
+            if bits <= most_bits + 1e-9:
+                best = max(best, choice, key=self.bits)
+                if bits >= most_bits - within:
+                    return choice
+        return best
+
+    def random_filled(self, seed: int, most_bits: float) -> Choice:
         """A random choice of at most so many average bits, and as close below it as single steps get.
 
-        Starts from a uniform draw, then lowers (or raises) layers in random order. Errors: SearchError if that is impossible.
+        Starts from a uniform draw, lowers layers in random order until it fits, then raises what still can be: mostly small
+        layers, which get more bits that way than in a plain random choice. Errors: SearchError if nothing fits.
         """
-        draw = random.Random(seed)
-        total = sum(self.weights.values())
+        self._least(most_bits)
+        draw, total = random.Random(seed), sum(self.weights.values())
         limit = most_bits * total + 1e-6
         choice = {name: draw.choice(found) for name, found in self.layers.items()}
-        least = sum(self.weights[n] * min(s.bits for s in found) for n, found in self.layers.items())
-        if least > limit:
-            raise SearchError(f"bits={most_bits:g} cannot be reached: the smallest average of these candidates is "
-                              f"{least / total:g}.")
         names = list(self.layers)
         for down in (True, False):
             moved = True
