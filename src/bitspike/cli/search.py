@@ -93,7 +93,7 @@ def search(target: str, /, *, budget: Texts, out: Path, data: Data = None, metho
                     "differentiable": lambda: differentiable.Options(steps)}.get(method, lambda: None)()
     model, recipe, shown = _network(target, settings, data)
     check_finite(model)
-    known = _data(recipe, data, images, seed)
+    known = search_data(recipe, data, images, seed)
 
     def forward(network: nn.Module, x: torch.Tensor) -> Any:
         with autocast(recipe, x.device):
@@ -101,7 +101,7 @@ def search(target: str, /, *, budget: Texts, out: Path, data: Data = None, metho
 
     overhead = _overhead(model, recipe, data) if recipe.frames == 0 else 0
     out.mkdir(parents=True, exist_ok=True)
-    teller = _Teller()
+    teller = Teller()
     spec, report = run_search(model, rules, limits, known, method=method, measure=measure, out=out, seed=seed,
                               technology=constants, overhead_bytes=overhead, forward=forward, tell=teller, options=options,
                               cheap=cheap)
@@ -113,13 +113,14 @@ def search(target: str, /, *, budget: Texts, out: Path, data: Data = None, metho
     return 0
 
 
-class _Teller:
+class Teller:
     """Progress: a line every few seconds."""
 
     def __init__(self, every: float = 5.0) -> None:
         self.every, self.last = every, 0.0
 
     def __call__(self, text: str, done: int, total: int) -> None:
+        """Print it, unless the last line is too fresh."""
         import time
 
         from rich.console import Console
@@ -157,7 +158,7 @@ def _network(target: str, settings: tuple[str, ...], data: Path | None) -> tuple
     return model, recipe, recipe.name
 
 
-def _data(recipe: Recipe, data_dir: Path | None, count: int, seed: int) -> SearchData:
+def search_data(recipe: Recipe, data_dir: Path | None, count: int, seed: int) -> SearchData:
     """Pictures of the training set; where the recipe held some out, half are those, and they are the ones measured on."""
     import torch
 

@@ -26,7 +26,8 @@ white-space:nowrap } td { text-align:right; padding:6px 10px; border-bottom:1px 
 th:first-child, td:first-child { text-align:left } tr.best td { font-weight:600; background:#eef5fd }
 .dot { display:inline-block; width:9px; height:9px; border-radius:50%; margin-right:8px } td.heat { min-width:62px }
 code, pre { font:13px/1.6 ui-monospace,Menlo,Consolas,monospace } pre { background:#101828; color:#e6edf7; border-radius:10px;
-padding:16px 18px; overflow-x:auto; margin:8px 0 0 } details summary { cursor:pointer; color:var(--quiet) }
+padding:16px 18px; white-space:pre-wrap; overflow-wrap:anywhere; margin:8px 0 0 }
+details summary { cursor:pointer; color:var(--quiet) }
 ul { margin:8px 0 0; padding-left:20px; font-size:13.5px; color:var(--quiet) }
 """
 
@@ -54,6 +55,10 @@ def _point_rows(points: Sequence[Mapping[str, Any]], full: Mapping[str, Any]) ->
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
+def _small(value: float) -> str:
+    return "0" if not value else "&lt;0.0001" if value < 1e-4 else f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
+
+
 def _heat(damage: Mapping[str, Mapping[str, float]], chosen: Mapping[str, str]) -> str:
     columns = list(dict.fromkeys(k for row in damage.values() for k in row))
     top = max((v for row in damage.values() for v in row.values()), default=0.0) or 1.0
@@ -67,7 +72,8 @@ def _heat(damage: Mapping[str, Mapping[str, float]], chosen: Mapping[str, str]) 
                 continue
             strength = min(1.0, (value / top) ** 0.4)
             frame = ";outline:2px solid #1769c2;outline-offset:-2px" if chosen.get(name) == key else ""
-            cells.append(f'<td class=heat style="background:rgba(224,123,57,{0.75 * strength:.2f}){frame}">{value:.3g}</td>')
+            shade = f"background:rgba(224,123,57,{0.75 * strength:.2f}){frame}"
+            cells.append(f'<td class=heat style="{shade}">{_small(value)}</td>')
         lines.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>")
     head = "".join(f"<th>{escape(c)}</th>" for c in columns)
     return f"<table><tr><th>layer</th>{head}</tr>{''.join(lines)}</table>"
