@@ -1,0 +1,46 @@
+"""Recipes on COCO: published sizes, specs that find their layers, errors."""
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("torchvision")
+
+from bitspike.checkpoints import build  # noqa: E402
+from bitspike.data.catalogue import NAMES  # noqa: E402
+from bitspike.layers import quantizable, quantizer_of  # noqa: E402
+from bitspike.models.detection import MaskRCNN  # noqa: E402
+from bitspike.papers import all_recipes, qsd_coco  # noqa: E402
+from bitspike.recipe import RecipeError  # noqa: E402
+
+
+@pytest.mark.parametrize("name", qsd_coco.RECIPES)
+def test_recipe(name):
+    recipe = qsd_coco.RECIPES[name]
+    assert recipe.name == name
+    assert recipe.claim
+    assert f"bitspike train {name} " in recipe.cost
+    assert recipe.data in NAMES
+    assert all_recipes()[name] is recipe
+    if "31m" in name:
+        return
+    model = build(recipe)
+    quantized = {layer for layer, module in quantizable(model).items() if quantizer_of(module) is not None}
+    if "small" in name or "overfit" in name:
+        assert quantized == (set() if name.endswith("float") else set(quantizable(model)))
+    else:
+        assert quantized == {layer for layer in quantizable(model) if layer.startswith("dense.backbone.")}
+        assert model.strides == ((4, 8, 16, 32, 64) if isinstance(model, MaskRCNN) else (8, 16, 32, 64, 128))
+        with pytest.raises(RecipeError, match="starts from trained ImageNet weights"):
+            recipe.objective(model, recipe, lambda *_: torch.zeros(()))
+
+
+def test_unknown_size():
+    with pytest.raises(ValueError, match="size='7b'; allowed: 8m, 15m, 31m"):
+        qsd_coco.coco_mask_rcnn(size="7b")
+
+
+def test_warm_up_is_a_thousand_steps():
+    recipe = qsd_coco.RECIPES["qsd_transformer.coco_mask_rcnn_15m"]
+    steps_per_epoch = 117266 // recipe.batch_size
+    assert abs(recipe.warmup_epochs * steps_per_epoch - 1000) < 1

@@ -1,0 +1,93 @@
+"""Detectors through the training loop: losses fall, a run is resumed and read, two processes compute what one computes."""
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("torchvision")
+pytest.importorskip("faster_coco_eval")
+
+from safetensors.torch import load_file  # noqa: E402
+from torch import nn  # noqa: E402
+
+from bitspike.models import detection  # noqa: E402
+from bitspike.recipe import Recipe  # noqa: E402
+from bitspike.training import evaluate, load_run, read_metrics, train  # noqa: E402
+
+_spec = importlib.util.spec_from_file_location("coco_files", Path(__file__).parents[1] / "data" / "coco_files.py")
+coco_files = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(coco_files)
+
+
+def tiny(kind: str = "mask_rcnn", norms: bool = True) -> detection.Detector:
+    backbone = detection.small_backbone((8, 8, 16, 16))
+    if kind == "retinanet":
+        net = detection.retinanet(backbone, 3, width=8, levels=2, convs=1)
+    else:
+        net = detection.mask_rcnn(backbone, 3, width=16, levels=2, finest=8, hidden=16, mask_convs=1, region_levels=2,
+                                  canonical=32, anchor_scale=2, regions_sampled=16, candidates=(50, 50), proposals=(20, 20))
+    if not norms:  # batch statistics are per process
+        for module in net.modules():
+            for name, child in module.named_children():
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(module, name, nn.Identity())
+    return net
+
+
+RECIPE = Recipe("tiny", tiny, task="detection", data="coco", train_on="train+val", image_size=32, long_side=48, epochs=2,
+                batch_size=4, optimizer="adamw", lr=3e-3, flip="random", workers=0, bits=4, mean=(0.3,), std=(0.25,))
+#: no random choice among anchors, a loss that is a mean over the pictures, no batch statistics
+EXACT = replace(RECIPE, model_options={"kind": "retinanet", "norms": False}, optimizer="sgd", lr=0.01, epochs=3 / 5)
+
+
+def go(data: str, out: str) -> None:
+    """What each of two processes runs."""
+    torch.set_num_threads(1)
+    train(EXACT, data, out)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return coco_files.write(tmp_path_factory.mktemp("data"))
+
+
+def test_a_run(tmp_path, data):
+    last = train(RECIPE, data, tmp_path)
+    assert last["test_n"] == 5
+    assert {"test_box_map", "test_box_map50", "test_mask_map", "test_mask_map50", "test_mean_spikes"} <= last.keys()
+    rows = read_metrics(tmp_path)
+    assert rows[1]["loss"] < rows[0]["loss"]
+    model, recipe = load_run(tmp_path)
+    again = evaluate(model, recipe, data)
+    assert again["box_map"] == last["test_box_map"]
+    assert evaluate(model, replace(recipe, batch_size=1), data, batch_size=1)["mask_map"] == last["test_mask_map"]
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+def test_two_processes_are_one(tmp_path, data):
+    source = str(Path(importlib.util.find_spec("bitspike").origin).parents[1])
+    script = tmp_path / "go.py"
+    script.write_text("import importlib.util, sys; name, path, data, out = sys.argv[1:]\n"
+                      "s = importlib.util.spec_from_file_location(name, path); m = importlib.util.module_from_spec(s)\n"
+                      "sys.modules[name] = m; s.loader.exec_module(m); m.go(data, out)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), __name__, __file__,
+         str(data), str(tmp_path / "two")], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(EXACT, data, tmp_path / "one")
+    one, two = (load_file(tmp_path / part / "checkpoint" / "model.safetensors") for part in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key in one:
+        assert torch.allclose(one[key].double(), two[key].double(), rtol=1e-4, atol=1e-6), key
+    first, second = (read_metrics(tmp_path / part) for part in ("one", "two"))
+    assert abs(first[0]["loss"] - second[0]["loss"]) < 1e-5 * first[0]["loss"]
+    assert first[-1]["test_n"] == second[-1]["test_n"] == 5
+    assert first[-1]["test_box_map"] == pytest.approx(second[-1]["test_box_map"], abs=1e-6)
