@@ -62,6 +62,24 @@ def split_pictures(data: Dataset, split: str, count: int, size: int, channels: i
     return as_pixels(torch.cat(parts), channels)
 
 
+def scene_pictures(recipe: Recipe, data: Dataset, split: str, count: int) -> Pixels:
+    """`count` pictures of a data set for dense tasks, [N, H, W, 3], on the canvas that most of them have in evaluation.
+
+    A picture of other proportions is shown whole, with a border of the mean colour on the right or below.
+    """
+    import torch
+
+    from bitspike.data import DataError, Scenes
+    from bitspike.tasks.dense import border_colour, letterboxed, usual_canvas
+
+    whole = data.split(split)
+    if not isinstance(whole, Scenes):
+        raise DataError(f"{recipe.data} has a class a picture; {recipe.name} is for {recipe.task}.")
+    canvas = usual_canvas(recipe, whole)
+    pictures = [letterboxed(whole.image(i), canvas, border_colour(recipe))[0] for i in _spread(len(whole), count).tolist()]
+    return as_pixels(torch.stack(pictures), 3)
+
+
 def _spread(total: int, count: int) -> np.ndarray:
     return np.linspace(0, total - 1, min(count, total)).astype(np.int64)
 
@@ -87,8 +105,11 @@ def pictures_for(recipe: Recipe, data_dir: Path | None, count: int, split: str) 
     if data_dir is None and recipe.frames:
         return sample_frames(count, recipe.frames, recipe.image_size, recipe.image_size, channels), None
     if data_dir is None and recipe.data != "fashion_mnist_sample":
-        return sample_pictures(count, recipe.image_size, recipe.image_size, channels), None
-    data = load(recipe.data, data_dir, recipe.event_frames())
+        side = recipe.image_size if recipe.task == "classification" else -(-recipe.image_size // 32) * 32
+        return sample_pictures(count, side, side, channels), None
+    data = load(recipe.data, data_dir, recipe.event_frames(), recipe.skip_broken)
+    if recipe.task != "classification":
+        return scene_pictures(recipe, data, split, count), data
     return split_pictures(data, split, count, recipe.image_size, channels), data
 
 
@@ -101,4 +122,5 @@ def class_names(model: nn.Module, recipe: Recipe, data: Dataset | None = None) -
     steps = (recipe.frames,) if recipe.frames else ()
     with torch.no_grad():
         outputs = model.eval()(torch.zeros(*steps, 1, len(recipe.mean), recipe.image_size, recipe.image_size))
-    return tuple(f"class {i}" for i in range(outputs.shape[-1]))
+    found = outputs.shape[1] if recipe.task == "segmentation" else outputs.shape[-1]
+    return tuple(f"class {i}" for i in range(found))

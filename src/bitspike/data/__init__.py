@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from bitspike.data.catalogue import NAMES, load
     from bitspike.data.events.framing import Frames
     from bitspike.data.recordings import Recordings
+    from bitspike.data.scenes import Scenes
     from bitspike.data.splits import Arrays, Dataset, Files
 
-__all__ = ["NAMES", "Arrays", "DataError", "Dataset", "Files", "Frames", "Recordings", "load"]
+__all__ = ["NAMES", "Arrays", "DataError", "Dataset", "Files", "Frames", "Recordings", "Scenes", "load"]
 
-_WHERE = {"NAMES": "catalogue", "load": "catalogue", "Frames": "events.framing", "Recordings": "recordings"}
+_WHERE = {"NAMES": "catalogue", "load": "catalogue", "Frames": "events.framing", "Recordings": "recordings",
+          "Scenes": "scenes"}
 
 
 def __getattr__(name: str) -> Any:

@@ -147,9 +147,12 @@ def semantic_fpn_15m(num_classes: int = 150, time_steps: int = 1, levels: int = 
 def semantic_fpn_small(num_classes: int = 11, levels: int = 4, widths: tuple[int, ...] = (16, 32, 64, 96),
                        depths: tuple[int, ...] = (1, 1), heads: int = 4, mlp_ratio: int = 2, width: int = 48,
                        reach: float = 2.0, auxiliary: int | None = 2) -> SemanticFPN:
-    """For CPUs: Meta-SpikeFormer at small widths, strict topology (a spike count on one side of every product)."""
+    """For CPUs: Meta-SpikeFormer at small widths, strict topology (a spike count on one side of every product).
+
+    The factor on q (k^T v) is 1/64: with the published 1/4 the sums over a few hundred tokens saturate every neuron.
+    """
     neuron = partial(dense_neuron, levels, reach)
-    backbone = MetaSpikeFormer(widths, (depths[0], depths[1]), heads, mlp_ratio, layer_scale=None, topology="strict",
-                               neuron=partial(meta_spikeformer.ielif, levels, reach),
+    backbone = MetaSpikeFormer(widths, (depths[0], depths[1]), heads, mlp_ratio, attention_scale=1 / 64, layer_scale=None,
+                               topology="strict", neuron=partial(meta_spikeformer.ielif, levels, reach),
                                attention_neuron=partial(meta_spikeformer.ielif_attention, levels))
     return SemanticFPN(backbone, num_classes, width, neuron, auxiliary)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from bitspike.checkpoints import load_run
-from bitspike.models import compact_spikeformer, meta_spikeformer, segmentation
+from bitspike.models import compact_spikeformer, meta_spikeformer
 from bitspike.models.compact_spikeformer import SpikeAttention
 from bitspike.models.meta_spikeformer import Attention, MetaSpikeFormer, published_name
 from bitspike.models.published import PublishedWeightsError, read_weights
@@ -289,15 +289,6 @@ _BINARY = replace(
     notes="Not of the paper: 1-bit weights (XNOR-Net's scale) behind counts 0..4, 8-bit ends. Signs take a higher learning "
           "rate than 4-bit codes: 0.1 gains 4 points over 0.025 in one epoch.")
 
-_CAMVID = Recipe(
-    "qsd_transformer.camvid_small", segmentation.semantic_fpn_small, {"num_classes": 11}, bits=4, scheme="uniform",
-    task="segmentation", objective=fine_grained_distillation, data="camvid", train_on="train+val", image_size=192,
-    mean=(105 / 255, 107 / 255, 107 / 255), std=(64 / 255,), flip="random", crop="random", scales=(0.8, 1.6), colour_jitter=0.3,
-    workers=1, epochs=120, batch_size=4, optimizer="adamw", lr=2e-3, weight_decay=0.01, warmup_epochs=5, min_lr=1e-5,
-    grad_clip=1.0, precision="bf16", ema=0.995, auxiliary=0.4, validate_every=20,
-    notes="Network and schedule are ours, for one CPU core; from scratch. Backbone, neck and head have 4-bit weights, the "
-          "strict topology and counts 0..4.")
-
 _TRANSFER = Recipe(
     "qsd_transformer.transfer", imagenet_15m_from, {"num_classes": 10, "start": ""}, bits=4, objective=transfer,
     data="cifar10", image_size=128, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), flip="random", translate=8,
@@ -353,14 +344,6 @@ RECIPES: dict[str, Recipe] = _listed(
     replace(_SMALL, name="qsd_transformer.cifar10_small_lif", model=compact_spikeformer.compact_lif,
             claim="ours: plain LIF over 4 time steps in place of IE-LIF, for comparison, not measured yet",
             cost="four times cifar10_small. " + _command("qsd_transformer.cifar10_small_lif")),
-    replace(_CAMVID, claim="ours: not measured yet",
-            cost="minutes on one CPU core. " + _command("qsd_transformer.camvid_small")),
-    replace(_CAMVID, name="qsd_transformer.camvid_small_float", bits=32, claim="ours: the float-weight twin, not measured yet",
-            cost="as camvid_small. " + _command("qsd_transformer.camvid_small_float")),
-    replace(_CAMVID, name="qsd_transformer.camvid_overfit", train_on="train", pictures=16, flip="none", crop="whole",
-            scales=(1.0,), colour_jitter=0.0, epochs=150, ema=0.98, validate_every=150, claim="ours: not measured yet",
-            cost="minutes on one CPU core. " + _command("qsd_transformer.camvid_overfit"),
-            notes="A check, not a result: does a 4-bit segmenter learn 16 frames by heart? bitspike eval RUN --split train."),
     replace(_TRANSFER, name="qsd_transformer.cifar10_transfer", claim=_NO_CLAIM,
             cost="60 epochs of 2.1 G MACs an image forward: 1.9e16 MACs, a GPU. "
                  + _command("qsd_transformer.cifar10_transfer", " --set model_options.start=PATH")),

@@ -1,6 +1,7 @@
 """What the tasks with a target for every pixel or object share: their batches, and how targets get to the device."""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -9,8 +10,16 @@ import torch
 from torch import Tensor
 
 from bitspike.data.pipeline import Batches
-from bitspike.data.scene_loader import MULTIPLE, SceneAugment, SceneBatches, evaluation_scenes
-from bitspike.data.scenes import Target
+from bitspike.data.scene_loader import (
+    MULTIPLE,
+    SceneAugment,
+    SceneBatches,
+    evaluation_scenes,
+    padded_size,
+    resized_like_pillow,
+    stacked,
+)
+from bitspike.data.scenes import Scenes, Target
 from bitspike.data.splits import Dataset
 from bitspike.recipe import Recipe
 
@@ -32,6 +41,30 @@ def border_colour(recipe: Recipe) -> tuple[int, ...]:
     return tuple(round(255 * m) for m in mean)
 
 
+def usual_canvas(recipe: Recipe, split: Scenes) -> tuple[int, int]:
+    """The padded size [height, width] that most pictures of a split have in evaluation (of equally many the smaller one)."""
+    plain = evaluation_augment(recipe)
+    sizes = Counter(padded_size([plain.resized(*split.size(i))]) for i in range(len(split)))
+    return min(sizes, key=lambda size: (-sizes[size], size[0] * size[1], size))
+
+
+def letterboxed(image: Tensor, canvas: tuple[int, int], fill: tuple[int, ...]) -> tuple[Tensor, tuple[int, int]]:
+    """uint8 [3, H, W] as large as fits into the canvas, at the top left of it, on `fill`; and its size there.
+
+    For a picture whose canvas it is, these are the bytes of evaluation.
+    """
+    H, W = image.shape[-2:]
+    factor = min(canvas[0] / H, canvas[1] / W)
+    size = min(canvas[0], max(1, round(H * factor))), min(canvas[1], max(1, round(W * factor)))
+    pictures, _ = stacked([(resized_like_pillow(image, size), {})], canvas, fill)
+    return pictures[0], size
+
+
+def evaluation_augment(recipe: Recipe) -> SceneAugment:
+    """`scene_augment` without chance: the size of evaluation."""
+    return replace(scene_augment(recipe), scales=(1.0,), step=1, crop=False)
+
+
 class Dense:
     """The part of `Task` that segmentation and detection have in common. Targets are a list of `Target`."""
 
@@ -43,9 +76,9 @@ class Dense:
     def evaluation_batches(self, recipe: Recipe, data: Dataset, split: str, batch_size: int, rank: int,
                            world: int) -> Iterator[tuple[Tensor, list[Target]]]:
         """See `evaluation_scenes`; the short side is `image_size`, or less where the long one would pass `long_side`."""
-        plain = replace(scene_augment(recipe), scales=(1.0,), step=1, crop=False)
         found: Any = data.split(split)
-        return evaluation_scenes(found, plain, min(batch_size, recipe.batch_size), recipe.workers, rank, world)
+        at_once = min(batch_size, recipe.batch_size)
+        return evaluation_scenes(found, evaluation_augment(recipe), at_once, recipe.workers, rank, world)
 
     def blank(self, recipe: Recipe, data: Dataset) -> Tensor:
         """A square of `image_size`, padded."""
