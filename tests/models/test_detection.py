@@ -86,8 +86,8 @@ def test_default_pyramid_is_the_published_one():
     assert {c.conv.out_channels for c in neck.smooth} == {256}
     net = det.mask_rcnn(MetaSpikeFormer((8, 8, 16, 16), (1, 1), 2), width=8)
     assert net.anchors.sizes == ((32,), (64,), (128,), (256,), (512,))
-    assert net.regions.box.fc1.conv.out_channels == 1024
-    assert len(net.regions.mask.convs) == 4
+    assert net.regions.box_head.fc1.conv.out_channels == 1024
+    assert len(net.regions.mask_head.convs) == 4
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -184,9 +184,9 @@ def test_parts_are_graphs(kind):
     net = make(kind).eval()
     parts = [net.dense]
     if kind != "retinanet":
-        parts.append(net.regions.box)
+        parts.append(net.regions.box_head)
     if kind == "mask_rcnn":
-        parts.append(net.regions.mask)
+        parts.append(net.regions.mask_head)
     for part in parts:
         graph = Tracer().trace(part)
         functions = {n.target.__name__ for n in graph.nodes if n.op == "call_function"}

@@ -49,6 +49,9 @@ class BoxHead(nn.Module):
         self.deltas = small_normal(nn.Conv2d(hidden, 4 * (classes + 1), 1), 0.001)
 
     def forward(self, x_RCHW: Tensor) -> tuple[Tensor, Tensor]:
+        if self.training and len(x_RCHW) == 0:
+            zero, n = _no_regions(self, x_RCHW), self.classes.out_channels
+            return zero.expand(0, n), zero.expand(0, 4 * n)
         s_TRC11 = self.neuron(self.fc2(self.fc1(as_sequence(x_RCHW, self.time_steps))))
         logits, deltas = timewise(self.classes, s_TRC11), timewise(self.deltas, s_TRC11)
         return logits.mean(0).flatten(1), deltas.mean(0).flatten(1)
@@ -72,6 +75,8 @@ class MaskHead(nn.Module):
         self.masks = small_normal(nn.Conv2d(channels, classes + 1, 1))
 
     def forward(self, x_RCHW: Tensor) -> Tensor:
+        if self.training and len(x_RCHW) == 0:
+            return _no_regions(self, x_RCHW).expand(0, self.masks.out_channels, 2 * x_RCHW.shape[2], 2 * x_RCHW.shape[3])
         y = as_sequence(x_RCHW, self.time_steps)
         for conv in self.convs:
             y = conv(y)
@@ -82,57 +87,31 @@ class MaskHead(nn.Module):
 class Regions(RoIHeads):
     """torchvision's RoIHeads with our heads: sampling, matching, losses, decoding and NMS are its own.
 
-    See `detection.mask_rcnn` for the options. In evaluation the masks are [N, 1, 2 side, 2 side], one for each box.
+    `box_head` and `mask_head` (or None) are the graphs of this file. See `detection.mask_rcnn` for the options.
+    In evaluation the masks are [N, 1, 2 side, 2 side], one for each box.
     """
 
     def __init__(self, box: BoxHead, mask: MaskHead | None, strides: Sequence[int], *, mask_side: int, sampling_ratio: int,
                  canonical: int, samples: int, score: float, nms: float, most: int) -> None:
         names = [str(i) for i in range(len(strides))]
         super().__init__(
-            _align(names, box.side, strides, sampling_ratio, canonical), _Float(box), _AsIs(), fg_iou_thresh=0.5,
+            _align(names, box.side, strides, sampling_ratio, canonical), box, _AsFloat(), fg_iou_thresh=0.5,
             bg_iou_thresh=0.5, batch_size_per_image=samples, positive_fraction=0.25, bbox_reg_weights=None, score_thresh=score,
             nms_thresh=nms, detections_per_img=most,
             mask_roi_pool=None if mask is None else _align(names, mask_side, strides, sampling_ratio, canonical),
-            mask_head=None if mask is None else _Float(mask), mask_predictor=None if mask is None else _AsIs())
-
-    @property
-    def box(self) -> BoxHead:
-        """The graph from 7x7 regions to class logits and deltas."""
-        return self.box_head.part  # type: ignore[no-any-return]
-
-    @property
-    def mask(self) -> MaskHead | None:
-        """The graph from 14x14 regions to 28x28 mask logits, if there is one."""
-        return None if self.mask_head is None else self.mask_head.part
+            mask_head=mask, mask_predictor=None if mask is None else _AsFloat())
 
 
-class _Float(nn.Module):
-    """A head whose outputs are float32 under autocast, and that an empty batch in training does not break."""
+class _AsFloat(nn.Module):
+    """torchvision's place for a predictor: our heads predict themselves, under autocast in another type than the losses'."""
 
-    def __init__(self, part: BoxHead | MaskHead) -> None:
-        super().__init__()
-        self.part = part
-
-    def forward(self, x_RCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        if len(x_RCHW) == 0:
-            return self._nothing(x_RCHW)
-        output = self.part(x_RCHW)
+    def forward(self, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         return tuple(o.float() for o in output) if isinstance(output, tuple) else output.float()
 
-    def _nothing(self, x_RCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        # every parameter takes part with a gradient of zero: other processes may have regions in this step
-        zero = x_RCHW.float().sum() + sum((p.sum() * 0.0 for p in self.part.parameters()), x_RCHW.new_zeros(()))
-        if isinstance(self.part, BoxHead):
-            n = self.part.classes.out_channels
-            return zero.expand(0, n), zero.expand(0, 4 * n)
-        return zero.expand(0, self.part.masks.out_channels, 2 * x_RCHW.shape[2], 2 * x_RCHW.shape[3])
 
-
-class _AsIs(nn.Module):
-    """torchvision's place for a predictor; our heads predict themselves."""
-
-    def forward(self, output: object) -> object:
-        return output
+def _no_regions(head: nn.Module, x_RCHW: Tensor) -> Tensor:
+    """A zero for a training step without regions, in which every parameter takes part: other processes may have some."""
+    return sum((p.sum() * 0.0 for p in head.parameters()), x_RCHW.sum() * 0.0)
 
 
 def _align(names: list[str], side: int, strides: Sequence[int], sampling_ratio: int, canonical: int) -> MultiScaleRoIAlign:
