@@ -179,6 +179,16 @@ class Builder {
                   y);
   }
 
+  void upsample(int x, bool bilinear, int factor, int y) {
+    const Value &a = at(x), &b = at(y);
+    require(factor > 0 && factor <= 1024 && a.kind == b.kind && a.steps == b.steps && a.channels == b.channels &&
+                a.where != Value::Where::tile && b.height == factor * a.height && b.width == factor * a.width,
+            "bad values of an upsampling");
+    require(!bilinear || (a.kind == Kind::i32 && (factor & (factor - 1)) == 0),
+            "bilinear is for potentials and powers of two");
+    plan_.upsample(x, bilinear, factor, y);
+  }
+
   void attention(int q, int k, int v, int heads, int m, int shift, int y) {
     for (const int i : {q, k, v, y})
       require(at(i).where != Value::Where::tile && at(i).channels == at(y).channels &&
@@ -344,6 +354,7 @@ void bind_plan(nb::module_& m) {
       .def("mean_time", &Builder::mean_time, "x"_a, "m"_a, "y"_a)
       .def("mean_space", &Builder::mean_space, "x"_a, "m"_a, "y"_a)
       .def("maxpool", &Builder::maxpool, "x"_a, "kernel"_a, "stride"_a, "padding"_a, "y"_a)
+      .def("upsample", &Builder::upsample, "x"_a, "bilinear"_a, "factor"_a, "y"_a)
       .def("attention", &Builder::attention, "q"_a, "k"_a, "v"_a, "heads"_a, "m"_a, "s"_a, "y"_a)
       .def("done", &Builder::done, "output"_a, "scale"_a, "arena_bytes"_a)
       .def("run", &Builder::run, "pixels"_a.noconvert(), "logits"_a.noconvert(), "threads"_a, "seconds"_a.noconvert())

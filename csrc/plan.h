@@ -109,6 +109,7 @@ class Plan {
   void ielif(int x, const IeLif&, int y);
   void mean_time(int x, int32_t m, int y);
   void maxpool(int x, const Pool&, int y);
+  void upsample(int x, bool bilinear, int factor, int y);
   void attention(int q, int k, int v, int heads, int32_t m, int shift, int y);
   void attention_map(int a, int b, bool over_channels, int heads, int32_t m, int shift, int y);
   // m: [steps or 1, heads]

@@ -144,7 +144,7 @@ class Builder:
         rng = self.rng
         x = str(rng.choice(list(self.values)))
         kind, steps, height, width, channels, largest = self.values[x]
-        which = rng.integers(10)
+        which = rng.integers(11)
         if which == 0 and kind != "i32":
             self.codes(self.conv(x))
         elif which == 1:
@@ -188,6 +188,11 @@ class Builder:
                     self.emit("mask", [x, chosen], ("u8", steps, height, width, channels, like[5] * now[5]))
         elif which == 9 and kind == "u8":
             self.map_and_read(x)
+        elif which == 10 and height * width < 80:
+            mode = str(rng.choice(["nearest", "bilinear"] if kind == "i32" else ["nearest"]))
+            factor = int(rng.choice([2, 4] if mode == "bilinear" else [2, 3]))
+            self.emit("upsample", [x], (kind, steps, factor * height, factor * width, channels, largest), mode=mode,
+                      factor=factor)
 
     def finish(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         classes = int(self.rng.integers(1, 40))

@@ -16,7 +16,7 @@ SCHEMES = [{"kind": kind, "bits": bits} for kind, all_bits in BITS.items() for b
 
 
 def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "extension", lambda name: None)
+    monkeypatch.setattr(kernels, "extension", lambda name=None: None)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

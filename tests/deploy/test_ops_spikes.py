@@ -173,3 +173,28 @@ def test_a_soft_reset_may_take_another_amount_than_the_threshold():
     x = np.array([60, 60, 60, 60], np.int32).reshape(4, 1, 1, 1, 1)
     run = {amount: ops.lif(x, (1, 0), (1, 0), 100, "soft", 4, False, amount).ravel().tolist() for amount in (None, 100, 200)}
     assert run == {None: [0, 1, 0, 1], 100: [0, 1, 0, 1], 200: [0, 1, 0, 0]}   # 120 - 100 = 20, 80, 140; 120 - 200 = -80
+
+
+@given(seeds, st.sampled_from(["u8", "s8", "i32"]), st.sampled_from([1, 3, 16, 33]), sides, sides, st.sampled_from([2, 3, 4]))
+@settings(max_examples=30, deadline=None)
+def test_upsample(seed, kind, channels, height, width, factor):
+    rng = np.random.default_rng(seed)
+    x = (rng.integers(-MOST, MOST, (2, 2, height, width, channels)) if kind == "i32" else codes(
+        rng, (2, 2, height, width, channels))).astype({"u8": np.uint8, "s8": np.int8, "i32": np.int32}[kind])
+    y = same("upsample", x, "nearest", factor)
+    assert y.dtype == x.dtype
+    for i, j in np.ndindex(factor, factor):
+        np.testing.assert_array_equal(y[:, :, i::factor, j::factor], x)
+    if kind == "i32" and factor != 3:
+        z = same("upsample", x, "bilinear", factor)
+        at = {n: np.clip((np.arange(n * factor) + 0.5) / factor - 0.5, 0, n - 1) for n in (height, width)}
+        rows, columns = (np.maximum(0, 1 - np.abs(at[n][:, None] - np.arange(n))) for n in (height, width))
+        exact = np.einsum("yh,sbhwc,xw->sbyxc", rows, x.astype(np.float64), columns)  # exact: numbers of 43 bits
+        np.testing.assert_array_equal(z, np.floor(exact + 0.5))
+
+
+def test_bilinear_by_two_weighs_nine_three_three_one():
+    x = np.zeros((1, 1, 3, 3, 1), np.int32)
+    x[0, 0, 1, 1] = 16
+    expected = [[0, 0, 0, 0, 0, 0], [0, 1, 3, 3, 1, 0], [0, 3, 9, 9, 3, 0], [0, 3, 9, 9, 3, 0], [0, 1, 3, 3, 1, 0], [0] * 6]
+    assert ops.upsample(x, "bilinear", 2)[0, 0, :, :, 0].tolist() == expected

@@ -130,6 +130,8 @@ class Compiled:
             (self.plan.mean_time if a["over"] == "time" else self.plan.mean_space)(x, a["m"], y)
         elif op.name == "maxpool":
             self.plan.maxpool(x, a["kernel"], a["stride"], a["padding"], y)
+        elif op.name == "upsample":
+            self.plan.upsample(x, a["mode"] == "bilinear", a["factor"], y)
         elif op.name == "sum":
             self.plan.add_codes(x, self._ids[op.inputs[1]], y)
         elif op.name == "mask":

@@ -207,8 +207,8 @@ def get(name: str) -> KernelSet:
     return _SETS[name]
 
 
-def extension(name: str) -> Any:
-    """The compiled module, if the kernel set `name` is in it."""
+def extension(name: str | None = None) -> Any:
+    """The compiled module, if the kernel set `name` is in it; None as a name: if there is one."""
     return None if name == "numpy" else _kernels
 
 

@@ -158,11 +158,44 @@ def maxpool(x: Array, kernel: tuple[int, int], stride: tuple[int, int], padding:
     return np.maximum.reduce(taps)
 
 
+def rounded_mean(total: Array, n: int, m: int) -> Array:
+    """`sat32(floor((2 m total + n) / (2 n)))` of a sum of n numbers, int64: m times their mean, rounded half up."""
+    return sat32((2 * m * total + n) // (2 * n))
+
+
 def mean(x: Array, over: str, m: int) -> Array:
-    """`sat32(floor((2 m sum + n) / (2 n)))` over "space" (H and W become 1) or "time" (S becomes 1)."""
+    """`rounded_mean` over "space" (H and W become 1) or "time" (S becomes 1)."""
     axes = (2, 3) if over == "space" else (0,)
     n = int(np.prod([x.shape[axis] for axis in axes]))
-    return sat32((2 * m * x.sum(axes, dtype=np.int64, keepdims=True) + n) // (2 * n))
+    return rounded_mean(x.sum(axes, dtype=np.int64, keepdims=True), n, m)
+
+
+def neighbours(size: int, factor: int) -> tuple[Array, Array, Array]:
+    """What every pixel of a side enlarged by `factor` is a mean of: the two pixels before and behind its centre (the border
+    is repeated), and the weight of the second in units of 1 / (2 factor).
+
+    >>> [part.tolist() for part in neighbours(2, 2)]
+    [[0, 0, 0, 1], [0, 1, 1, 1], [3, 1, 3, 1]]
+    """
+    centre = 2 * np.arange(size * factor) + 1 - factor  # in units of 1 / (2 factor)
+    first, weight = centre // (2 * factor), centre % (2 * factor)
+    return np.clip(first, 0, size - 1), np.clip(first + 1, 0, size - 1), weight
+
+
+def upsample(x: Array, mode: str, factor: int) -> Array:
+    """`factor` times as high and wide. "nearest": every pixel repeated. "bilinear", of potentials, factor a power of two:
+
+    the mean of the four neighbours, corners not aligned, with whole weights whose sum is (2 factor)^2, rounded half up; for
+    factor 2 these are 9, 3, 3, 1.
+    """
+    if mode == "nearest":
+        return x.repeat(factor, axis=2).repeat(factor, axis=3)
+    y = x.astype(np.int64)
+    for axis in (2, 3):
+        first, second, weight = neighbours(x.shape[axis], factor)
+        weight = weight.reshape([-1 if i == axis else 1 for i in range(5)])
+        y = y.take(first, axis) * (2 * factor - weight) + y.take(second, axis) * weight
+    return rshift(y, 2 * factor.bit_length()).astype(np.int32)
 
 
 def lif_step(

@@ -106,7 +106,7 @@ def unpack_codes(packed: bytes | NDArray[np.uint8], shape: Sequence[int], scheme
     if spare and stream[-1] >> (8 - spare):
         raise ArtifactError("packed weights do not end in zero bits; the file was not written by this format")
     codes = np.empty(count, np.int8)
-    extension = kernels.extension(kernels.available()[-1])
+    extension = kernels.extension()
     if extension is not None:
         extension.unpack(np.ascontiguousarray(stream), bits, table, codes)
         return codes.reshape(tuple(shape))

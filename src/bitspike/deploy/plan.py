@@ -35,6 +35,7 @@ _COMPILED: dict[str, frozenset[str]] = {
     "sum": frozenset(),
     "mask": frozenset(),
     "maxpool": frozenset({"kernel", "stride", "padding"}),
+    "upsample": frozenset({"mode", "factor"}),
     "mean": frozenset({"over", "m"}),
     "lif": frozenset({"decay", "gain", "threshold", "reset", "steps", "strict", "amount"}),
     "lif_packed": frozenset({"decay", "gain", "threshold", "reset", "steps", "strict", "bits", "table", "amount"}),

@@ -22,6 +22,7 @@ MAX_OPS = 10_000
 MAX_SIDE = 1 << 14            # pixels, kernel taps, channels / 64
 MAX_CHANNELS = 1 << 20
 MAX_STEPS = 256
+MAX_FACTOR = 32               # of an enlarged image
 MAX_WEIGHTS = 1 << 29         # codes of all convolutions together
 MAX_LIVE_BYTES = 1 << 30      # values that exist at the same time, per image
 MAX_MACS = 1 << 42            # per image
@@ -139,7 +140,7 @@ def _weight(fields: Fields, shape: tuple[int, ...], context: _Context) -> NDArra
 
 def _accumulator_bound(weight: NDArray[np.int8], largest: NDArray[np.int64], groups: int) -> int:
     """Largest sum over taps and channels of |weight| * largest |code| of the input channel, over all outputs."""
-    extension = kernels.extension(kernels.available()[-1])
+    extension = kernels.extension()
     if extension is not None:
         return int(extension.bound(np.ascontiguousarray(weight), np.ascontiguousarray(largest, np.int64), groups))
     outputs, inputs = weight.shape[0], weight.shape[3]
@@ -340,6 +341,20 @@ def _maxpool(fields: Fields, inputs: list[Value], context: _Context) -> tuple[di
     return attributes, Value(x.kind, x.steps, size["height"], size["width"], x.channels, x.lo, x.hi), 0
 
 
+def _upsample(fields: Fields, inputs: list[Value], context: _Context) -> tuple[dict[str, Any], Value, int]:
+    (x,) = inputs
+    mode = fields.choice("mode", ("nearest", "bilinear"))
+    factor = fields.integer("factor", 2, MAX_FACTOR)
+    if mode == "bilinear":
+        _kind(fields, x, "i32")
+        if factor & (factor - 1):
+            raise fields.fail("factor", "a power of two where the mode is 'bilinear'")
+    height, width = factor * x.height, factor * x.width
+    if height > MAX_SIDE or width > MAX_SIDE:
+        raise fields.fail("factor", f"small enough for an image of at most {MAX_SIDE} x {MAX_SIDE}, not {height} x {width}")
+    return {"mode": mode, "factor": factor}, Value(x.kind, x.steps, height, width, x.channels, x.lo, x.hi), 0
+
+
 def _mean(fields: Fields, inputs: list[Value], context: _Context) -> tuple[dict[str, Any], Value, int]:
     (x,) = inputs
     over = fields.choice("over", ("space", "time"))
@@ -405,7 +420,7 @@ OPS: dict[str, tuple[int, _Check]] = {
     "lookup": (1, _lookup), "conv": (1, _conv), "quantize": (1, _quantize), "affine": (1, _affine), "add": (2, _add),
     "sum": (2, _sum), "attention": (3, _attention), "attention_map": (2, _attention_map),
     "attention_read": (2, _attention_read), "coincidences": (2, _coincidences), "mask": (2, _mask), "maxpool": (1, _maxpool),
-    "mean": (1, _mean), "lif": (1, _lif), "lif_packed": (1, _lif_packed), "ielif": (1, _ielif),
+    "upsample": (1, _upsample), "mean": (1, _mean), "lif": (1, _lif), "lif_packed": (1, _lif_packed), "ielif": (1, _ielif),
 }
 
 

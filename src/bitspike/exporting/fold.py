@@ -115,6 +115,8 @@ class Folder:
         if isinstance(module, (*CONVS, nn.Linear)):
             return self._layer(module, x, layer)
         assert isinstance(module, POOLS), module
+        if isinstance(module, nn.Upsample):
+            return self._upsample(node, x, {"mode": module.mode, "align_corners": module.align_corners})
         if isinstance(module, nn.AdaptiveAvgPool2d):
             return self._adaptive(node, x)
         options = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
@@ -147,6 +149,8 @@ class Folder:
             return self._pool(node, kind, x, named)
         if kind == "adaptive":
             return self._adaptive(node, x)
+        if kind == "upsample":
+            return self._upsample(node, x, named)
         if kind in ("conv", "linear"):
             weight, bias = named["weight"], named.get("bias")
             if not isinstance(weight, Tensor):
@@ -267,6 +271,21 @@ class Folder:
         if kernel[0] * height != x.height or kernel[1] * width != x.width:
             raise unknown(node, f"adaptive pooling of {x.height}x{x.width} pixels to {height}x{width}, which is not a divisor")
         return self.lowering.avgpool(x, kernel, kernel, place(node))
+
+    def _upsample(self, node: Node, x: Value, options: dict[str, Any]) -> Value:
+        """`interpolate` by a scale or to a size; what counts is the size that came out."""
+        height, width, mode = node.meta["sizes"]["H"], node.meta["sizes"]["W"], options.get("mode", "nearest")
+        if (height, width) == (x.height, x.width):
+            return x
+        factor = height // x.height
+        if (factor * x.height, factor * x.width) != (height, width):
+            raise unknown(node, f"it makes {height}x{width} pixels of {x.height}x{x.width}; one whole factor is needed")
+        if mode not in ("nearest", "nearest-exact", "bilinear") or options.get("align_corners") or options.get("antialias"):
+            raise unknown(node, f"mode {mode!r}, align_corners={options.get('align_corners')}; allowed: 'nearest', and "
+                                "'bilinear' with align_corners=False")
+        if mode == "bilinear" and factor & (factor - 1):
+            raise unknown(node, f"bilinear by {factor}; allowed: 2, 4, 8, 16, 32")
+        return self.lowering.upsample(x, "bilinear" if mode == "bilinear" else "nearest", factor, place(node))
 
     def _mean(self, node: Node, x: Value) -> Value:
         before, after = node.args[0].meta["axes"], node.meta["axes"]  # type: ignore[union-attr]

@@ -364,6 +364,14 @@ class Lowering:
         source = self.program.maxpool(str(x.source), kernel, stride, padding, layer)
         return replace(x, source=source, height=height, width=width)
 
+    def upsample(self, x: Value, mode: str, factor: int, layer: str) -> Value:
+        """A larger image: codes are repeated as they are, everything else as potentials."""
+        if mode == "bilinear" or x.kind == "acc" or x.border is not None:
+            x = self.potential(x, layer)
+        source = self.program.write("upsample", [str(x.source)], layer, mode=mode, factor=factor)
+        return replace(x, source=source, height=factor * x.height, width=factor * x.width,
+                       grid=x.grid if mode == "nearest" else None)
+
     def avgpool(self, x: Value, kernel: tuple[int, int], stride: tuple[int, int], layer: str) -> Value:
         """Mean over windows: over everything the op `mean`, else a depthwise convolution with ones."""
         if kernel == (x.height, x.width):

@@ -27,7 +27,7 @@ Axes = tuple[tuple[str, ...], ...]
 
 CONVS = (nn.Conv1d, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Upsample)
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 _OURS = (LIF, IELIF, NormPad, LayerScale, *CONVS, *NORMS, *POOLS, *NOTHING, nn.Linear, nn.Flatten)
 
@@ -49,6 +49,7 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
     "maxpool": (functional.max_pool2d, torch.max_pool2d),
     "avgpool": (functional.avg_pool2d,),
     "adaptive": (functional.adaptive_avg_pool2d,),
+    "upsample": (functional.interpolate,),
     "conv": (functional.conv2d, torch.conv2d),
     "linear": (functional.linear,),
     "attention": (spike_attention,),
@@ -63,6 +64,7 @@ PARAMETERS = {
     "maxpool": ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
     "avgpool": ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
     "adaptive": ("input", "output_size"),
+    "upsample": ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"),
     "conv": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     "linear": ("input", "weight", "bias"),
     "mean": ("input", "dim", "keepdim"),
@@ -248,7 +250,7 @@ class Observer:
         if not kind:
             raise unknown(node)
         first = flat[0]
-        if kind in ("maxpool", "avgpool", "adaptive", "conv"):
+        if kind in ("maxpool", "avgpool", "adaptive", "upsample", "conv"):
             return _spatial(node, first, lambda x: call(x, *plain_args[1:], **plain_kwargs))
         out = call(*plain_args, **plain_kwargs)
         return Labelled(out, *_axes_after(node, kind, first, flat, args, kwargs, out))
@@ -265,7 +267,7 @@ def unknown(node: Node, why: str = "") -> ExportError:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     return ExportError(f"operation {name!r} in {place(node)} cannot be exported{': ' + why if why else ''}. A deployed model "
                        "is made of conv, linear, batch norm, LIF, IELIF, spike attention, residual +, * constant, pooling, "
-                       "mean and flatten; replace the operation or keep it out of forward().")
+                       "interpolation by a whole factor, mean and flatten; replace the operation or keep it out of forward().")
 
 
 def _spatial(node: Node, x: Labelled, call: Callable[[Tensor], Tensor]) -> Labelled:
