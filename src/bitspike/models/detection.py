@@ -2,7 +2,8 @@
 
 The dense part (`detector.dense`: backbone, pyramid and the heads that slide over it) and, for Mask R-CNN, the two heads of a
 region (`detector.regions.box_head`, `detector.regions.mask_head`) are graphs of convolutions, norms and neurons: they can be
-quantized by a spec and become integer programs. Anchors, matching, sampling, losses, RoIAlign and NMS between them are torchvision's.
+quantized by a spec and become integer programs. Anchors, matching, sampling, losses, RoIAlign and NMS between them are
+torchvision's.
 
     detector(images, targets) in training mode -> dict of losses;   detector(images) in eval mode -> list of detections
 
