@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch import nn  # noqa: E402
 
 from bitspike.models import detection  # noqa: E402
 from bitspike.recipe import Recipe  # noqa: E402
-from bitspike.training import evaluate, load_run, read_metrics, train  # noqa: E402
+from bitspike.training import Interrupted, evaluate, load_run, read_metrics, train  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location("coco_files", Path(__file__).parents[1] / "data" / "coco_files.py")
 coco_files = importlib.util.module_from_spec(_spec)
@@ -68,6 +69,30 @@ def test_a_run(tmp_path, data):
     again = evaluate(model, recipe, data)
     assert again["box_map"] == last["test_box_map"]
     assert evaluate(model, replace(recipe, batch_size=1), data, batch_size=1)["mask_map"] == last["test_mask_map"]
+
+
+def test_interrupted_and_resumed(tmp_path, data, monkeypatch):
+    """Which anchors and regions are sampled is random too."""
+    recipe = replace(RECIPE, epochs=1, colour_jitter=0.2, scales=(0.8, 1.2), ema=0.9)
+    steps = []
+    losses = detection.MaskRCNN._losses
+
+    def interrupt(self, images, targets):
+        steps.append(images)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return losses(self, images, targets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(detection.MaskRCNN, "_losses", interrupt)
+        with pytest.raises(Interrupted):
+            train(recipe, data, tmp_path / "cut")
+    assert len(steps) == 3
+    train(recipe, data, tmp_path / "cut")
+    train(recipe, data, tmp_path / "whole")
+    for part in ("model", "ema"):
+        one, two = ((tmp_path / way / "checkpoint" / f"{part}.safetensors").read_bytes() for way in ("cut", "whole"))
+        assert one == two
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
