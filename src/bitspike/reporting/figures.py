@@ -80,8 +80,9 @@ def front_figure(points: Sequence[Point], title: str = "accuracy") -> Figure:
             for p in mine:
                 if group in ("searched", "float", "uniform", "uniform ends", "pow2"):
                     text = "float" if group == "float" else f"{p['bits']:.3g}"
-                    ax.annotate(text, (p[cost] / unit, p["top1"]), xytext=(0, 8 if big else -13), textcoords="offset points",
-                                ha="center", fontsize=8, color=colour, fontweight="bold" if big else "normal")
+                    offset, side = ((0, 8), "center") if big else ((8, -3), "left") if group == "pow2" else ((0, -13), "center")
+                    ax.annotate(text, (p[cost] / unit, p["top1"]), xytext=offset, textcoords="offset points", ha=side,
+                                fontsize=8, color=colour, fontweight="bold" if big else "normal")
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))

@@ -24,7 +24,7 @@ table { border-collapse:collapse; width:100%; font-size:14px; font-variant-numer
 th { text-align:right; color:var(--quiet); font-weight:500; padding:6px 10px; border-bottom:1px solid var(--line);
 white-space:nowrap } td { text-align:right; padding:6px 10px; border-bottom:1px solid var(--line); white-space:nowrap }
 th:first-child, td:first-child { text-align:left } tr.best td { font-weight:600; background:#eef5fd }
-.dot { display:inline-block; width:9px; height:9px; border-radius:50%; margin-right:8px } td.heat { min-width:62px }
+.dot { display:inline-block; width:9px; height:9px; border-radius:50%; margin-right:8px } .heat td, .heat th { padding:6px 7px }
 code, pre { font:13px/1.6 ui-monospace,Menlo,Consolas,monospace } pre { background:#101828; color:#e6edf7; border-radius:10px;
 padding:16px 18px; white-space:pre-wrap; overflow-wrap:anywhere; margin:8px 0 0 }
 details summary { cursor:pointer; color:var(--quiet) }
@@ -73,10 +73,10 @@ def _heat(damage: Mapping[str, Mapping[str, float]], chosen: Mapping[str, str]) 
             strength = min(1.0, (value / top) ** 0.4)
             frame = ";outline:2px solid #1769c2;outline-offset:-2px" if chosen.get(name) == key else ""
             shade = f"background:rgba(224,123,57,{0.75 * strength:.2f}){frame}"
-            cells.append(f'<td class=heat style="{shade}">{_small(value)}</td>')
+            cells.append(f'<td style="{shade}">{_small(value)}</td>')
         lines.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>")
     head = "".join(f"<th>{escape(c)}</th>" for c in columns)
-    return f"<table><tr><th>layer</th>{head}</tr>{''.join(lines)}</table>"
+    return f"<table class=heat><tr><th>layer</th>{head}</tr>{''.join(lines)}</table>"
 
 
 def page(report: Mapping[str, Any], commands: Sequence[str] = (), trained: Sequence[Mapping[str, Any]] = ()) -> str:
