@@ -138,6 +138,17 @@ def table(points: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def agreement(points: Sequence[dict]) -> str:
+    """How well the search's estimate, a sum of divergences before any fine-tuning, orders the specs as fine-tuning does."""
+    from scipy.stats import spearmanr
+
+    if len(points) < 3:
+        return f"{len(points)} runs: too few to tell whether the search's estimate orders them rightly."
+    found = spearmanr([p["estimate"] for p in points], [-p["top1"] for p in points]).statistic
+    return (f"Rank correlation of the search's estimate (sum of divergences before fine-tuning) with the accuracy after it: "
+            f"{found:.2f} over {len(points)} runs.")
+
+
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("float_run", type=Path)
@@ -181,14 +192,16 @@ def main(words: Sequence[str] | None = None) -> None:
             train(recipe, asked.data, asked.out / "runs" / run.slug, overrides=settings)
     if asked.only:
         return
-    points = []
-    for name, row, group, folder in (("float", "float", "float", asked.float_run),
-                                     *((r.name, r.row, r.group, asked.out / "runs" / r.slug) for r in runs)):
-        found = point(name, group, folder, asked.data, asked.out)
+    points = [{**point("float", "float", asked.float_run, asked.data, asked.out), "row": "float"}]
+    for run in runs:
+        found = point(run.name, run.group, asked.out / "runs" / run.slug, asked.data, asked.out)
         if found is not None:
-            points.append({**found, "row": row})
+            chosen = run.spec.resolve(list(report.damage))
+            estimate = sum(report.damage[n][key_of(s)] for n, s in chosen.items())
+            points.append({**found, "row": run.row, "estimate": estimate})
     write_json(asked.out / "results.json", points)
     print(table(points))
+    print(f"\n{agreement(points[1:])}")
     plain = report.to_dict()
     save_figures({"front": front_figure(points, "top-1 after fine-tuning"),
                   "bits": bits_figure(plain["searched"]["layers"], plain["layers"])}, asked.out)

@@ -37,7 +37,7 @@ def test_a_short_run_gives_every_row_and_goes_on_where_it_was(benchmark, tmp_pat
                            "random, filled 3"}
     assert points["searched 3"]["bits"] <= 3 and points["uniform 3"]["bits"] == 3 and points["float"]["bits"] == 32
     printed = capsys.readouterr().out
-    assert all(f"| {row} | 1 |" in printed for row in points)
+    assert all(f"| {row} | 1 |" in printed for row in points) and "over 6 runs" in printed
     assert (out / "report.html").stat().st_size > 10_000
 
 
@@ -49,3 +49,10 @@ def test_the_table_tells_mean_and_spread(benchmark):
     assert lines[0].startswith("| a | 1 | 3.00 | 85.00 % |  |  | -5.00 | 100 | 10.0x | 1.0 | 2.0x |")
     assert lines[1].startswith("| b | 3 | 3.00 | 83.00 % | 3.61 | 80.00 to 87.00 | -7.00 |")
     assert lines[2].startswith("| float | 1 | 32.00 | 90.00 % |")
+
+
+def test_the_estimates_order_is_compared_with_that_of_accuracy(benchmark):
+    points = [{"estimate": e, "top1": t} for e, t in ((0.1, 91.0), (0.2, 90.5), (0.4, 80.0))]
+    assert ": 1.00 over 3 runs" in benchmark.agreement(points)
+    assert ": -1.00 over 3 runs" in benchmark.agreement([{**p, "top1": -p["top1"]} for p in points])
+    assert "too few" in benchmark.agreement(points[:2])
