@@ -26,7 +26,6 @@ from bitspike.cli.search import Teller, search_data
 from bitspike.cost import packed_bytes
 from bitspike.data import load
 from bitspike.data.loader import evaluation_batches
-from bitspike.data.splits import take
 from bitspike.evaluation import as_input, autocast, normalise
 from bitspike.layers import latent_weight, quantizable
 from bitspike.papers import find_recipe
@@ -107,7 +106,7 @@ def point(name: str, group: str, run: Path, data: Path, out: Path) -> dict | Non
     model, recipe = load_run(run)
     test = load(recipe.data, data).test
     index = torch.linspace(0, len(test) - 1, 64).long()
-    images = torch.cat([normalise(p, recipe) for p, _ in evaluation_batches(take(test, index), recipe.image_size, 64, 0)])
+    images = torch.cat([normalise(p, recipe) for p, _ in evaluation_batches(test.take(index), recipe.image_size, 64, 0)])
     report = profile(model, images)
     layers = {n: latent_weight(layer).numel() for n, layer in quantizable(model).items()}
     bits = {op.name: op.weight_bits for op in report.layers}

@@ -88,6 +88,25 @@ def test_damaged_archives_and_recordings(n_mnist: Path, tmp_path: Path):
         load("n_mnist", n_mnist, FRAMES)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_archive_damaged_anywhere(method: int, tmp_path: Path):
+    """Whatever byte is damaged, in names or in any compression: the same content, or DataError."""
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("Train/ä/0.bin", file(some(0), "nmnist", tmp_path))
+    raw, random = path.read_bytes(), np.random.default_rng(method)
+    whole = dict(Store([path]).walk(["Train/ä/0.bin"]))
+    refused = 0
+    for at in range(len(raw)):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ int(random.choice([1, 8, 128, 255]))]) + raw[at + 1:])
+        try:
+            store = Store([path])
+            assert all(content == whole["Train/ä/0.bin"] for _, content in store.walk(store.names))
+        except DataError:
+            refused += 1
+    assert refused > len(raw) // 2
+
+
 def test_nothing_is_downloaded(tmp_path: Path):
     for name in event_sets.READERS:
         with pytest.raises(DataError, match=r"Nothing is downloaded here: get|is no folder"):

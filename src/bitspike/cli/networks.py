@@ -54,11 +54,10 @@ def split_pictures(data: Dataset, split: str, count: int, size: int, channels: i
     import torch
 
     from bitspike.data.loader import evaluation_batches
-    from bitspike.data.splits import take
 
     whole = data.split(split)
     index = torch.from_numpy(_spread(len(whole), count))
-    parts = [pixels for pixels, _ in evaluation_batches(take(whole, index), size, 64, 0)]
+    parts = [pixels for pixels, _ in evaluation_batches(whole.take(index), size, 64, 0)]
     return as_pixels(torch.cat(parts), channels)
 
 

@@ -165,7 +165,6 @@ def search_data(recipe: Recipe, data_dir: Path | None, count: int, seed: int) ->
     from bitspike.data import load
     from bitspike.data.loader import evaluation_batches
     from bitspike.data.pipeline import generator
-    from bitspike.data.splits import take
     from bitspike.evaluation import normalise
     from bitspike.searching import SearchData, SearchError
 
@@ -177,7 +176,7 @@ def search_data(recipe: Recipe, data_dir: Path | None, count: int, seed: int) ->
         whole = dataset.split(split)
         order = torch.randperm(len(whole), generator=generator(seed, "search", split))
         half = order[: count // 2] if key == "norms" or split == "val" else order[count // 2 : count]
-        batches = list(evaluation_batches(take(whole, half), recipe.image_size, 64, recipe.workers))
+        batches = list(evaluation_batches(whole.take(half), recipe.image_size, 64, recipe.workers))
         parts.append((normalise(torch.cat([b[0] for b in batches]), recipe), torch.cat([b[1] for b in batches])))
     return SearchData(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), len(parts[0][1]))
 

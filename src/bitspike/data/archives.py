@@ -5,13 +5,13 @@ import hashlib
 import os
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bitspike.data.errors import DataError
+from bitspike.data.events.arrays import DAMAGED
 
-_BAD = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
+_BAD = (*DAMAGED, tarfile.TarError)
 
 
 class Store:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bitspike.data.splits import DataError, Dataset, Files, held_out, take
+from bitspike.data.splits import DataError, Dataset, Files, held_out
 
 _ENDINGS = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 
@@ -52,4 +52,4 @@ def imagenet(data_dir: Path | str) -> Dataset:
     for path in (*train.paths, *test.paths):
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
     digest.update(val.numpy().data)
-    return Dataset("imagenet", tuple(classes), take(train, rest), take(train, val), test, digest.hexdigest())
+    return Dataset("imagenet", tuple(classes), train.take(rest), train.take(val), test, digest.hexdigest())

@@ -132,11 +132,6 @@ class Dataset:
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
 
-def take(whole: Split, indices: Tensor) -> Split:
-    """The samples at `indices` (int64 [M]), in that order."""
-    return whole.take(indices)
-
-
 def held_out(labels: Tensor, names: Sequence[str] | None = None, share: float = VAL_SHARE) -> tuple[Tensor, Tensor]:
     """(train indices, val indices): of each class, the `share` of samples with the smallest sha256 of their name.
 
@@ -163,7 +158,7 @@ def in_memory(name: str, classes: Sequence[str], train: Arrays, test: Arrays) ->
     digest = hashlib.sha256()
     for tensor in (train.images, train.labels, test.images, test.labels, val):
         digest.update(tensor.contiguous().numpy().data)
-    return Dataset(name, tuple(classes), take(train, rest), take(train, val), test, digest.hexdigest())
+    return Dataset(name, tuple(classes), train.take(rest), train.take(val), test, digest.hexdigest())
 
 
 def check_labels(labels: Tensor, classes: int, where: Path) -> None:

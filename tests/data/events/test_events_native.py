@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bitspike.data.events import events, frames, native, read, write
+from bitspike.data.events import events, frames, iterate, native, read, write
 from bitspike.data.events.core import first_outside, is_sorted
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="the extension is not built")
@@ -57,6 +57,37 @@ def test_evt3_words_of_known_types(kinds: list[int], seed: int, tmp_path: Path, 
     both(path, monkeypatch)
 
 
+@_MANY
+@given(data=st.data(), number=st.integers(0, 1700), start=st.sampled_from([0, (1 << 31) - 4000, (1 << 32) - 4000]),
+       format=st.sampled_from(["dat", "evt2"]))
+def test_blocks_with_a_fault(data, number: int, start: int, format: str, recording, tmp_path: Path, monkeypatch) -> None:
+    """Blocks are decoded without a branch unless something is odd: overflows, steps back, events off the sensor, bad types."""
+    path, size = tmp_path / "file", (100, 120)
+    there = recording(number, size, 0, 10_000)
+    there["t"] += start
+    there["t"][:1] = start  # what a .dat can begin with
+    write(path, there, format, size=size)
+    raw = bytearray(path.read_bytes())
+    head = len(raw) - 8 * number if format == "dat" else raw.index(b"% end\n") + 6
+    for _ in range(data.draw(st.integers(0, 3))):
+        if len(raw) > head:
+            raw[data.draw(st.integers(head, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(raw)
+    both(path, monkeypatch)
+
+
+def test_a_piece_stays_when_the_next_is_read(recording, tmp_path: Path) -> None:
+    """The buffer that a file is read into is taken over by the next block."""
+    there = recording(200_000, (100, 120), 0, 1_000_000)
+    for format in ("aedat2", "aedat3", "dat", "evt2", "evt3"):
+        write(tmp_path / "file", there, format)
+        pieces = list(iterate(tmp_path / "file", 30_000))
+        assert [len(piece) for piece in pieces] == [30_000] * 6 + [20_000]
+        whole = read(tmp_path / "file").data
+        assert np.concatenate([piece.data for piece in pieces]).tolist() == whole.tolist()
+        assert whole["x"].tolist() == there["x"].tolist()
+
+
 def test_evt3_vectors_that_need_more_room(tmp_path: Path, monkeypatch) -> None:
     """Twelve events a word: the output of a block is larger than the block."""
     words = np.concatenate([[8 << 12 | 1, 6 << 12 | 5], np.tile([3 << 12 | 7, 4 << 12 | 0xFFF, 4 << 12 | 0xFFF], 4000)])
@@ -96,8 +127,8 @@ def test_looking_at_events(times: list[int], x: int, monkeypatch) -> None:
 
 def test_the_extension_keeps_its_bounds() -> None:
     small = np.zeros(16, np.uint8)
-    for name, extra in (("aedat2", (np.zeros(2, np.int64), 0)), ("aedat3", (0,)), ("dat", (np.zeros(2, np.int64),)),
-                        ("evt2", (np.zeros(5, np.int64),)), ("evt3", (np.zeros(9, np.int64),)),
+    for name, extra in (("aedat2", (np.zeros(2, np.int64), 0)), ("aedat3", (0,)), ("dat", (np.zeros(3, np.int64), 9, 9)),
+                        ("evt2", (np.zeros(6, np.int64), 9, 9)), ("evt3", (np.zeros(9, np.int64),)),
                         ("nmnist", (np.zeros(1, np.int64),))):
         with pytest.raises(ValueError, match="too small"):
             getattr(native.module, name)(np.zeros(64, np.uint8), small, *extra)

@@ -55,13 +55,14 @@ def open_stream(source: Source, layout: str | None) -> Stream:
 def _parts(source: Source, start: int, layout: str, size: tuple[int, int], skipped: dict[str, int]) -> Iterator[Part]:
     if native.module is not None and layout != "davis":
         state = np.zeros(2, np.int64)
+        source.expect(_PAIR.itemsize)
         for offset, block in source.records(start, _PAIR, "an event"):
             if not state[0] and int(block["time"][0]) >= 1 << 31:
                 state[:] = 1, int(block["time"][0]) - (1 << 32)
             out = source.rows(len(block))
             number, used, _ = native.module.aedat2(block.view(np.uint8), out, state, LAYOUTS.index(layout))
             count(skipped, "special", used - number)
-            yield Part(source.kept(out, number), offset, _PAIR.itemsize if number == used else 0)
+            yield Part(source.kept(out, number), offset, _PAIR.itemsize if number == used else 0, inside=True)
         return
     last: int | None = None
     height, width = size

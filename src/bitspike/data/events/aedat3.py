@@ -73,6 +73,7 @@ def _parts(source: Source, start: int, skipped: dict[str, int]) -> Iterator[Part
         for first in range(0, whole, BLOCK):
             raw = np.frombuffer(source.at(body + first * width, min(BLOCK, whole - first) * width), _POLARITY)
             if native.module is not None:
+                source.expect(_POLARITY.itemsize)
                 out = source.rows(len(raw))
                 valid, used, _ = native.module.aedat3(raw.view(np.uint8), out, overflow)
                 count(skipped, "marked invalid", used - valid)

@@ -5,6 +5,8 @@ The columns may be called t, ts or timestamp(s), x, y, p, pol or polarity; one s
 """
 from __future__ import annotations
 
+import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,9 +18,18 @@ import numpy as np
 from bitspike.data.events.core import BLOCK, DTYPE, EventError, Part, Source, Stream, check_writable, events
 from bitspike.extras import MissingExtra
 
+try:
+    from lzma import LZMAError
+except ModuleNotFoundError:  # a Python that was built without it, and whose zipfile then refuses such members
+    LZMAError = zipfile.BadZipFile  # type: ignore[assignment,misc]
+
 _NAMES = {"t": ("t", "ts", "timestamp", "timestamps", "time"), "x": ("x", "xs"), "y": ("y", "ys"),
           "p": ("p", "pol", "polarity", "polarities", "ps", "on")}
-
+#: What zipfile and its decompressors raise for damage: NotImplementedError for a version or method they do not know,
+#: RuntimeError for a member that claims to be encrypted, IndexError for one without a name, ValueError for a name that is
+#: not UTF-8 or an offset before the beginning.
+DAMAGED = (zipfile.BadZipFile, NotImplementedError, RuntimeError, IndexError, ValueError, OSError, EOFError, struct.error,
+           zlib.error, LZMAError)
 
 
 def _columns(found: Any, where: str) -> dict[str, str]:
@@ -38,7 +49,7 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
             raise ValueError(f"npy version {version}")
         shape, fortran, dtype = read(file)
     except Exception as error:  # the header is an expression: it can fail in any way
-        raise ValueError(str(error)[:200]) from None
+        raise ValueError(re.sub(r" at 0x[0-9a-f]+", "", str(error))[:200]) from None
     if dtype.hasobject:
         raise ValueError("Python objects, which are not read")
     if fortran and len(shape) > 1:
@@ -85,7 +96,7 @@ def _parts(source: Source, number: int, fetch: Callable[[int, int], dict[str, np
     for first in range(0, number, BLOCK):
         try:
             column = fetch(first, min(BLOCK, number - first))
-        except (ValueError, OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGED as error:
             raise source.error(offset + first * stride, f"cannot be read on from event {first} ({error}): truncated or "
                                "corrupt. Copy it again, or read what is whole with on_error=\"prefix\".") from None
         data, usable, fault = _convert(column)
@@ -124,7 +135,7 @@ class _Member:
         try:
             self.file = archive.open(name)
             self.shape, self.dtype, used = _npy_header(self.file)
-        except (RuntimeError, NotImplementedError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGED as error:
             raise ValueError(str(error)) from None
         self.width = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
         stored = archive.getinfo(name).file_size - used
@@ -164,7 +175,7 @@ def open_npz(source: Source) -> Stream:
 
             def fetch(first: int, number: int) -> dict[str, np.ndarray]:
                 return {name: member.rows(number) for name, member in members.items()}
-    except (ValueError, zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+    except DAMAGED as error:
         raise source.error(0, f"not a readable archive of events ({error}); copy or save it again.") from None
     return Stream("npz", size, _parts(source, number, fetch, offset, 0), {})
 

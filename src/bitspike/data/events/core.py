@@ -1,6 +1,7 @@
 """What every event format is read into: one structured array, one error, and the parts a decoder yields."""
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 #: aligned, and byte for byte the event of AEDAT 4.
 DTYPE = np.dtype({"names": ["t", "x", "y", "p"], "formats": ["<i8", "<u2", "<u2", "u1"], "offsets": [0, 8, 10, 12],
                   "itemsize": 16})
-BLOCK = 1 << 17  # records decoded at once: the temporaries of a block stay in the second-level cache or near it
+BLOCK = 1 << 16  # records decoded at once: the bytes of a block stay in the second-level cache, its temporaries near it
+ANY_SIZE = (1 << 16, 1 << 16)  # (height, width) that holds every event
 
 
 class EventError(ValueError):
@@ -79,11 +81,15 @@ def join(pieces: Sequence[np.ndarray]) -> np.ndarray:
 
 
 class Part(NamedTuple):
-    """Some decoded events. offset: the byte where their bytes begin; stride: bytes an event, 0 where it varies."""
+    """Some decoded events. offset: the byte where their bytes begin; stride: bytes an event, 0 where it varies.
+
+    inside: the decoder saw that they all lie on the sensor; else the reader looks.
+    """
 
     data: np.ndarray
     offset: int
     stride: int
+    inside: bool = False
 
 
 @dataclass
@@ -103,8 +109,19 @@ class Source:
         self.path, self.file = path, file
         self.length = file.seek(0, 2)
         self.head = self.at(0, 4096)
-        self.together: np.ndarray | None = None  # uint8: where `read` wants all events behind each other
+        self.whole = False  # `read` wants all events behind each other, in one array
+        self.together: np.ndarray | None = None  # uint8: that array
         self._filled = 0
+
+    def expect(self, width: float) -> None:
+        """An event takes `width` bytes of this file, or more: make room for all of them at once, if that is wanted.
+
+        No larger than it has to be: the C library gives back the same memory to one read after another up to 32 MB, and
+        does not have to clear it each time. What is not written into takes no memory.
+        """
+        if self.whole and self.together is None:
+            with contextlib.suppress(MemoryError):  # then the pieces are copied together
+                self.together = np.empty(int(self.length / width + 64) * DTYPE.itemsize, np.uint8)
 
     def rows(self, number: int) -> np.ndarray:
         """Room for that many events, uint8 [16 * number], not cleared; `kept` says how many were written into it."""
@@ -138,15 +155,22 @@ class Source:
         return EventError(message, self.path, offset)
 
     def records(self, start: int, dtype: Any, what: str) -> Iterator[tuple[int, np.ndarray]]:
-        """(byte offset, array) of whole records from `start` to the end. Errors: EventError for a last record cut short."""
+        """(byte offset, array) of whole records from `start` to the end, in memory that the next array takes over.
+
+        Errors: EventError for a last record cut short.
+        """
         dtype = np.dtype(dtype)
         whole = max(0, self.length - start) // dtype.itemsize * dtype.itemsize
+        buffer = memoryview(bytearray(min(BLOCK * dtype.itemsize, whole)))
         for offset in range(start, start + whole, BLOCK * dtype.itemsize):
             wanted = min(BLOCK * dtype.itemsize, start + whole - offset)
-            raw = self.at(offset, wanted)
-            if len(raw) < wanted:
-                raise self.error(offset + len(raw), "the file became shorter while it was read; read it again.")
-            yield offset, np.frombuffer(raw, dtype)
+            self.file.seek(offset)
+            got = 0
+            while got < wanted and (more := self.file.readinto(buffer[got:wanted])):  # type: ignore[attr-defined]
+                got += more
+            if got < wanted:
+                raise self.error(offset + got, "the file became shorter while it was read; read it again.")
+            yield offset, np.frombuffer(buffer[:wanted], dtype)
         if start + whole < self.length:
             raise self.error(start + whole, f"{self.length - start - whole} bytes are left, {what} takes {dtype.itemsize}: the "
                              "recording is truncated. Copy it again, or read what is whole with on_error=\"prefix\".")

@@ -102,6 +102,7 @@ def parts(source: Source, start: int, order: str, skipped: dict[str, int]) -> It
 
 def _native(source: Source, start: int, order: str, skipped: dict[str, int]) -> Iterator[Part]:
     state = np.zeros(9, np.int64)
+    source.expect(2)  # or less, for dense vectors
     for offset, block in source.records(start, order + "u2", "a word"):
         words = np.ascontiguousarray(block, "<u2")
         begin = fault = 0

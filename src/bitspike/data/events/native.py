@@ -11,7 +11,7 @@ import numpy as np
 
 from bitspike.data.events.core import DTYPE
 
-_VERSION = 1
+_VERSION = 2
 
 
 def _load() -> Any:

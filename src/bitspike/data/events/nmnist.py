@@ -42,6 +42,7 @@ def open_stream(source: Source) -> Stream:
 def _parts(source: Source) -> Iterator[Part]:
     if native.module is not None:
         state = np.zeros(1, np.int64)
+        source.expect(_RECORD.itemsize)
         for offset, block in source.records(0, _RECORD, "an event"):
             out = source.rows(len(block))
             number, used, _ = native.module.nmnist(block.view(np.uint8), out, state)

@@ -14,6 +14,7 @@ import numpy as np
 
 from bitspike.data.events import evt3, native
 from bitspike.data.events.core import (
+    ANY_SIZE,
     EventError,
     Part,
     Source,
@@ -46,10 +47,10 @@ def open_stream(source: Source) -> Stream:
             raise source.error(0, "a Prophesee header that names neither an encoding (evt, format) nor a DAT version.")
         if fields.get("Version", "2") != "2":
             raise source.error(0, f"DAT version {fields['Version']}; only version 2 is read. Convert it with metavision.")
-        return Stream("dat", size, _dat(source, start), skipped)
+        return Stream("dat", size, _dat(source, start, size), skipped)
     order = ">" if re.search(r"^%\s*endianness\s+big", text, re.MULTILINE) else "<"
     if encoding[1] in ("2", "2.0"):
-        return Stream("evt2", size, _evt2(source, start, order, skipped), skipped)
+        return Stream("evt2", size, _evt2(source, start, order, size, skipped), skipped)
     if encoding[1] in ("3", "3.0"):
         return Stream("evt3", size, evt3.parts(source, start, order, skipped), skipped)
     raise source.error(0, f"encoded as EVT {encoding[1]}; EVT 2.0 and 3.0 are read. Convert it with metavision_file_to_raw.")
@@ -67,17 +68,18 @@ def _size(source: Source, fields: dict[str, str], text: str) -> tuple[int, int] 
     return next((size for name, size in _PLUGINS if name in fields.get("plugin_name", "").lower()), None)
 
 
-def _dat(source: Source, start: int) -> Iterator[Part]:
+def _dat(source: Source, start: int, size: tuple[int, int] | None) -> Iterator[Part]:
     kind = source.at(start, 2)
     if len(kind) < 2 or kind[0] not in (0x00, 0x0C) or kind[1] != 8:
         raise source.error(start, f"event type and size are {kind.hex(' ') or 'missing'}, expected 00 08 or 0c 08: corrupt, or "
                            "not a file of change events.")
     if native.module is not None:
-        state = np.zeros(2, np.int64)
+        state = np.zeros(3, np.int64)
+        source.expect(8)
         for offset, block in source.records(start + 2, _DAT, "an event"):
             out = source.rows(len(block))
-            number, _, fault = native.module.dat(block.view(np.uint8), out, state)
-            yield Part(source.kept(out, number), offset, 8)
+            number, _, fault = native.module.dat(block.view(np.uint8), out, state, *(size or ANY_SIZE))
+            yield Part(source.kept(out, number), offset, 8, inside=not state[2])
             if fault:
                 raise _bad_polarity(source, offset + 8 * number, int(block["bits"][number]) >> 28)
         return
@@ -103,16 +105,18 @@ def _reserved(source: Source, offset: int, word: int) -> EventError:
                         "on_error=\"prefix\".")
 
 
-def _evt2(source: Source, start: int, order: str, skipped: dict[str, int]) -> Iterator[Part]:
+def _evt2(source: Source, start: int, order: str, size: tuple[int, int] | None, skipped: dict[str, int]) -> Iterator[Part]:
     if native.module is not None:
-        state = np.zeros(5, np.int64)
+        state = np.zeros(6, np.int64)
+        source.expect(4)
         for offset, block in source.records(start, order + "u4", "a word"):
             out = source.rows(len(block))
-            number, used, fault = native.module.evt2(np.ascontiguousarray(block, "<u4").view(np.uint8), out, state)
-            for what, counted in zip(("triggers", "vendor words", "events before the first time"), state[2:], strict=True):
+            number, used, fault = native.module.evt2(np.ascontiguousarray(block, "<u4").view(np.uint8), out, state,
+                                                       *(size or ANY_SIZE))
+            for what, counted in zip(("triggers", "vendor words", "events before the first time"), state[2:5], strict=True):
                 count(skipped, what, int(counted))
-            state[2:] = 0
-            yield Part(source.kept(out, number), offset, 0)
+            state[2:5] = 0
+            yield Part(source.kept(out, number), offset, 0, inside=not state[5])
             if fault:
                 raise _reserved(source, offset + 4 * used, int(block[used]))
         return

@@ -1,7 +1,6 @@
 """`read`, `iterate` and `write`: any recording to events and back; the format is recognised by its content."""
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -9,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bitspike.data.events import aedat2, aedat3, aedat4, arrays, evt3, native, nmnist, prophesee
-from bitspike.data.events.core import EventError, Events, Source, Stream, first_outside, join
+from bitspike.data.events.core import ANY_SIZE, EventError, Events, Source, Stream, first_outside, join
 from bitspike.writing import whole_file
 
 _Writer = Callable[[BinaryIO, np.ndarray, "tuple[int, int] | None"], None]
@@ -53,10 +52,10 @@ def _open(source: Source, layout: str | None) -> Stream:
 
 def _pieces(source: Source, stream: Stream) -> Iterator[np.ndarray]:
     """The decoded arrays, up to the first event outside the sensor. Errors: EventError."""
-    height, width = stream.size or (1 << 16, 1 << 16)
+    height, width = stream.size or ANY_SIZE
     for part in stream.parts:
         data = part.data
-        first = len(data) if stream.size is None else first_outside(data, height, width)
+        first = len(data) if stream.size is None or part.inside else first_outside(data, height, width)
         if first < len(data):
             yield data[:first]
             raise source.error(part.offset + first * part.stride, f"an event at x={data['x'][first]}, y={data['y'][first]}"
@@ -132,10 +131,7 @@ def read_from(file: BinaryIO, name: Path | str, *, on_error: str = "raise", layo
     source = Source(Path(name), file)
     held: list[np.ndarray] = []
     stream = Stream("unknown", None, iter(()), {})
-    if native.module is not None and source.length < 1 << 30:
-        with contextlib.suppress(MemoryError):  # then the pieces are copied together, as they are for larger files
-            # an event takes 2 bytes or more, but for dense vectors of EVT 3.0; what is not touched takes no memory
-            source.together = np.empty(source.length * 8 + 4096, np.uint8)
+    source.whole = native.module is not None and source.length < 1 << 30
     problem = None
     if on_error not in ("raise", "prefix"):
         raise EventError(f"on_error={on_error!r}; allowed: 'raise', 'prefix'.")
