@@ -1,8 +1,10 @@
 """`bitspike search` to `train --spec --start` to `export` and `run`, as a user types them."""
 import json
+import shutil
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from bitspike import cli
 from bitspike.checkpoints import load_run
@@ -67,5 +69,19 @@ def test_one_message_per_mistake(trained, tmp_path, capsys, words, message):
 def test_files_and_runs_with_settings_are_refused(trained, tmp_path, capsys):
     assert call("search", "x.bitspike", "--budget", "bits=3", "--out", tmp_path / "x") == 2
     assert call("search", trained, "--budget", "bits=3", "--out", tmp_path / "x", "--set", "lr=1") == 2
+    assert call("search", "qsd_transformer.camvid_small", "--budget", "bits=3", "--out", tmp_path / "x") == 2
     err = " ".join(capsys.readouterr().err.split())
-    assert "integers already" in err and "searched as it is" in err
+    assert "integers already" in err and "searched as it is" in err and "network for segmentation" in err
+
+
+def test_broken_weights_are_named(trained, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(trained, broken)
+    file = broken / "checkpoint" / "model.safetensors"
+    weights = load_file(file)
+    name = next(n for n in weights if n.endswith("conv.weight"))
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, file)
+    assert call("search", broken, "--budget", "bits=3", "--out", tmp_path / "x") == 2
+    assert f"{name} holds values that are not finite" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "x").exists()

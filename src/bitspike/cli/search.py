@@ -147,8 +147,10 @@ def _network(target: str, settings: tuple[str, ...], data: Path | None) -> tuple
         if settings:
             raise RecipeError("--set changes a recipe; a trained run is searched as it is.")
         model, recipe = load_run(target)
+        _check_task(target, recipe)
         return model, recipe, recipe.name
     recipe = find_recipe(target).override(_overrides(settings))
+    _check_task(target, recipe)
     warn(f"{target} is a recipe, its weights are random: bytes and bits are exact, but damage and energy are not those of "
          "a trained network. Search a RUN.")
     model = build(recipe)
@@ -156,6 +158,14 @@ def _network(target: str, settings: tuple[str, ...], data: Path | None) -> tuple
         pixels, _ = pictures_for(recipe, data, 64, "train")
         calibrate_norms(model, pixels, recipe.mean, recipe.std)
     return model, recipe, recipe.name
+
+
+def _check_task(target: str, recipe: Recipe) -> None:
+    from bitspike.searching import SearchError
+
+    if recipe.task != "classification":
+        raise SearchError(f"{target} is a network for {recipe.task}; search measures how the probabilities of classes "
+                          "change, so it takes networks for classification only.")
 
 
 def search_data(recipe: Recipe, data_dir: Path | None, count: int, seed: int) -> SearchData:
