@@ -6,10 +6,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 
+from safetensors.torch import save_file  # noqa: E402
+
 from bitspike.checkpoints import build  # noqa: E402
 from bitspike.data.catalogue import NAMES  # noqa: E402
 from bitspike.layers import quantizable, quantizer_of  # noqa: E402
 from bitspike.models.detection import MaskRCNN  # noqa: E402
+from bitspike.models.meta_spikeformer import MetaSpikeFormer  # noqa: E402
 from bitspike.papers import all_recipes, qsd_coco  # noqa: E402
 from bitspike.recipe import RecipeError  # noqa: E402
 
@@ -33,6 +36,30 @@ def test_recipe(name):
         assert model.strides == ((4, 8, 16, 32, 64) if isinstance(model, MaskRCNN) else (8, 16, 32, 64, 128))
         with pytest.raises(RecipeError, match="starts from trained ImageNet weights"):
             recipe.objective(model, recipe, lambda *_: torch.zeros(()))
+
+
+def tiny(levels=4):
+    return MetaSpikeFormer((8, 8, 16, 16), (1, 1), heads=2, num_classes=7)
+
+
+@pytest.mark.parametrize("detector", [qsd_coco.coco_mask_rcnn, qsd_coco.coco_retinanet])
+def test_start_from_imagenet(tmp_path, monkeypatch, detector):
+    monkeypatch.setitem(qsd_coco.SIZES, "tiny", (tiny, 8, 16))
+    torch.manual_seed(1)
+    trained = tiny()
+    # in released files conv and norm of these blocks stand side by side
+    state = {name.replace("conv1.conv.", "conv1.").replace("conv2.conv.", "conv2.").replace("conv1.norm.", "bn1.")
+             .replace("conv2.norm.", "bn2."): value for name, value in trained.state_dict().items()}
+    save_file(state, tmp_path / "imagenet.safetensors")
+    torch.manual_seed(2)
+    model = detector(size="tiny", start=str(tmp_path / "imagenet.safetensors"))
+    taken = model.backbone.state_dict()
+    assert not any(name.startswith("head") for name in taken)
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in taken.items())
+    recipe = qsd_coco.RECIPES["qsd_transformer.coco_mask_rcnn_15m"].override(
+        {"model_options.start": str(tmp_path / "imagenet.safetensors")})
+    loss = object()
+    assert recipe.objective(model, recipe, loss) is loss
 
 
 def test_unknown_size():
