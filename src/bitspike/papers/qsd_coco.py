@@ -59,7 +59,7 @@ _COCO = Recipe(
 _SMALL = Recipe(
     "qsd_transformer.coco_small", detection.small_mask_rcnn, bits=4, task="detection", data="coco", train_on="train+val",
     image_size=192, long_side=192, mean=(125 / 255, 123 / 255, 114 / 255), std=(64 / 255,), scales=(0.8, 1.2), flip="random",
-    colour_jitter=0.3, epochs=60, batch_size=4, lr=2e-3, weight_decay=0.05, warmup_epochs=1, grad_clip=5.0, precision="bf16",
+    colour_jitter=0.3, epochs=40, batch_size=4, lr=2e-3, weight_decay=0.05, warmup_epochs=1, grad_clip=5.0, precision="bf16",
     validate_every=10, workers=0)
 
 _OVERFIT = replace(
