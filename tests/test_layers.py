@@ -16,6 +16,7 @@ from bitspike.layers import (  # noqa: E402
     latent_weight,
     make_quantizer,
     neurons_with_membrane,
+    norms_anew,
     quantizable,
     quantize_,
     quantizer_of,
@@ -153,3 +154,18 @@ def test_cached_weights_quantize_once(net):
 def test_make_quantizer_refuses_what_is_no_weight_scheme():
     with pytest.raises(SpecError, match="not a weight scheme"):
         make_quantizer(Scheme("membrane", 4), torch.zeros(2, 2))
+
+
+def test_norms_anew_average_the_batches_and_leave_modes_alone():
+    last = nn.BatchNorm2d(2, track_running_stats=False)
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.5), last).eval()
+    net[1].running_mean.fill_(9.0)
+    batches = torch.randn(3, 4, 1, 5, 5)
+    with torch.no_grad():
+        with norms_anew(net) as count:
+            for batch in batches:
+                net(batch)
+            assert count == 1 and net[1].training and not net[2].training
+        wanted = torch.stack([net[0](batch).mean((0, 2, 3)) for batch in batches]).mean(0)
+    assert torch.allclose(net[1].running_mean, wanted, atol=1e-6)
+    assert net[1].momentum == 0.1 and not net[1].training

@@ -5,7 +5,7 @@ Uses `torch.nn.utils.parametrize`, so the model's own classes, forward code and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -119,6 +119,27 @@ def annealed_modules(model: nn.Module) -> list[Any]:
     What it sets must be a buffer, so that a checkpoint holds it.
     """
     return [module for module in model.modules() if callable(getattr(module, "anneal", None))]
+
+
+@contextmanager
+def norms_anew(model: nn.Module) -> Iterator[int]:
+    """Every batch norm forgets its statistics and takes the plain average over the batches that run inside.
+
+    Afterwards momentum and mode are as before; other modules keep their mode throughout. Norms without running statistics are
+    left alone; the value is the number of the others: with 0 nothing needs to run.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    before = [(norm.momentum, norm.training) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+        norm.train()
+    try:
+        yield len(norms)
+    finally:
+        for norm, (momentum, training) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.train(training)
 
 
 def cached_weights(model: nn.Module) -> AbstractContextManager[None]:

@@ -21,6 +21,7 @@ from bitspike.exporting.emit import Program
 from bitspike.exporting.fold import Folder
 from bitspike.exporting.lower import Layer, Value
 from bitspike.exporting.trace import ExportError, Observer, trace
+from bitspike.layers import norms_anew
 
 FRACTION_BITS = 22  # at most: one step is then the rounding error of a float32 potential of 1
 _LEAST_BITS = 8
@@ -85,18 +86,12 @@ def calibrate_norms(model: nn.Module, pixels: Pixels, mean: Sequence[float], std
     For models that were never trained ("how large would it be?"): runs the pictures [N, H, W, C] or sequences
     [T, N, H, W, C] in training mode, without gradients.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before, training = [norm.momentum for norm in norms], model.training
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the batches
-    model.train()
-    with torch.no_grad():
+    training = model.training
+    with torch.no_grad(), norms_anew(model):
+        model.train()
         for part in _batches(pixels, batch):
             model(_normalised(part, np.asarray(mean, float), np.asarray(std, float)))
     model.train(training)
-    for norm, momentum in zip(norms, before, strict=True):
-        norm.momentum = momentum
 
 
 def _check_arguments(pixels: Pixels, mean: NDArray[Any], std: NDArray[Any], shape: tuple[int, int, int],

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitspike.layers import latent_weight, make_quantizer, quantizable, quantizer_of
+from bitspike.layers import latent_weight, make_quantizer, norms_anew, quantizable, quantizer_of
 from bitspike.objectives import prediction
 from bitspike.searching.space import SearchError, key_of
 from bitspike.spec import Scheme
@@ -107,21 +107,9 @@ def check_finite(model: nn.Module) -> None:
 @torch.no_grad()
 def renew_norms(model: nn.Module, images: Tensor, forward: Forward = call, batch: int = 250) -> None:
     """Give every batch norm the mean and variance of these images, in place: a quantized layer shifts and scales its output."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    before = [(norm.momentum, norm.training) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the batches
-        norm.train()
-    try:
-        for part in images.split(batch):
+    with norms_anew(model) as count:
+        for part in images.split(batch) if count else ():
             forward(model, part)
-    finally:
-        for norm, (momentum, training) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            norm.train(training)
 
 
 @dataclass(frozen=True)
