@@ -4,7 +4,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +76,7 @@ def test_a_stream_as_json(network: Path, recording: Path, capsys):
     assert call(["run", str(network), str(recording), "--stream", "--json", "--threads", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
     steps = [d["step"] for d in found["decisions"]]
+    assert [i for i, d in enumerate(found["decisions"]) if d["ends_round"]] == [3, 7]
     assert steps == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2] and all(d["events"] == 100 for d in found["decisions"])
     assert found["decisions"][0]["start_us"] == 5_000_000 and found["decisions"][0]["stop_us"] == 5_001_000
     assert found["totals"]["events"] == 1000 and found["totals"]["late"] == 0
@@ -83,8 +88,30 @@ def test_a_stream_as_json(network: Path, recording: Path, capsys):
 def test_a_stream_as_lines(network: Path, recording: Path, capsys):
     assert call(["run", str(network), str(recording), "--stream", "-k", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[:3]] == ["0.004 s", "0.008 s", "0.010 s"]
+    assert [line.split(":")[0] for line in lines[:3]] == [
+        "0.004 s", "0.008 s", "0.010 s (a round not over"] and "over: 2 of 4 windows): " in lines[2]
     assert "10 windows, 1,000 events" in lines[3] and "decision after" in lines[3]
+    best = lines[1].split(": ")[1].split("  ")[0]
+    assert lines[3].endswith(f"after the last whole round, at 0.008 s: {best}"), "not what little the last windows say"
+    assert call(["run", str(network), str(recording), "--stream", "--never-reset"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["0.004 s", "0.008 s", "0.010 s"]
+
+
+def test_an_interrupted_stream_says_what_it_saw(network: Path, recording: Path, tmp_path: Path):
+    """Ctrl-C: a summary, one calm line, no file."""
+    words = ["run", str(network), str(recording), "--stream", "--speed", "0.004", "--save", str(tmp_path / "a.gif")]
+    play = subprocess.Popen([sys.executable, "-c", "import sys; from bitspike.cli import main; main()", *words],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert play.stdout is not None
+    first = play.stdout.readline()  # the first round, after a second at this pace
+    play.send_signal(signal.SIGINT)
+    out, err = play.communicate(timeout=20)
+    seen = re.search(r"(\d+) windows, ", out)
+    assert first.startswith("0.004 s: ") and seen and 4 <= int(seen[1]) < 10, out
+    assert err.strip().endswith("interrupted") and "Traceback" not in err and play.returncode == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.bitspike", "rec.npz"]
 
 
 def test_windows_by_count_as_in_training(recording: Path, tmp_path: Path, capsys):

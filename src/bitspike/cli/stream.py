@@ -22,6 +22,8 @@ from bitspike.deploy import Decision, ImageError, Net, Stream
 from bitspike.deploy.fields import printable
 
 _CHUNK = 1 << 16  # events read at once
+_PUSH = 1 << 13   # of them pushed at once: what is shown lags by no more,
+_PACED = 1 << 6   # and by this at a pace
 FILM = 600        # windows at most that --save keeps
 
 
@@ -128,7 +130,8 @@ def _play_one(net: Net, path: Path, options: Options) -> None:
                 kept.append(decision)
             if options.as_json:
                 rows.append({"start_us": decision.start, "stop_us": decision.stop, "step": decision.step,
-                             "events": decision.events, "latency_ms": round(decision.latency_ms, 4),
+                             "ends_round": show.round_ends(decision), "events": decision.events,
+                             "latency_ms": round(decision.latency_ms, 4),
                              "top": best(decision.logits, net.classes, options.top)})
     if options.save is not None:
         from bitspike.cli.film import write_film
@@ -145,12 +148,14 @@ def _play_one(net: Net, path: Path, options: Options) -> None:
 def _decisions(stream: Stream, path: Path, layout: str | None, speed: float) -> Iterator[Decision]:
     """Every window, the last one cut short; at `speed` times the recording's own pace (0: no waiting)."""
     began, first = time.monotonic(), None
+    some = _PACED if speed else _PUSH
     for piece in iterate(path, _CHUNK, layout=layout):
-        for decision in stream.push(piece.data):
-            if speed:
-                first = decision.start if first is None else first
-                time.sleep(max(0.0, (decision.stop - first) / 1e6 / speed - (time.monotonic() - began)))
-            yield decision
+        for start in range(0, len(piece), some):
+            for decision in stream.push(piece.data[start:start + some]):
+                if speed:
+                    first = decision.start if first is None else first
+                    time.sleep(max(0.0, (decision.stop - first) / 1e6 / speed - (time.monotonic() - began)))
+                yield decision
     yield from stream.flush()
 
 
@@ -172,6 +177,7 @@ class _Show:
         self.live = Live(console=self.console, refresh_per_second=12, transient=False) \
             if sys.stdout.isatty() and not options.as_json else None
         self.last: Decision | None = None
+        self.whole: Decision | None = None  # the last one that ended a round
         self.drawn, self.first = 0.0, 0
 
     def __enter__(self) -> _Show:
@@ -180,16 +186,18 @@ class _Show:
 
     def __exit__(self, *error: Any) -> None:
         if self.live is not None:
-            if self.last is not None:
-                self.live.update(self._picture(self.last))
+            shown = self.whole or self.last
+            if shown is not None:
+                self.live.update(self._picture(shown))  # an unfinished round may say little: it is not what stays
             self.live.__exit__(*error)
-        elif self.last is not None and not self.options.as_json and error[0] is None:
-            if not self._round_ends(self.last):
+        elif self.last is not None and not self.options.as_json and error[0] in (None, KeyboardInterrupt):
+            if not self.round_ends(self.last):
                 self._line(self.last)
             self.console.print(self._summary())
 
-    def _round_ends(self, decision: Decision) -> bool:
-        return decision.step == (self.stream.reset_every or self.net.time_steps)
+    def round_ends(self, decision: Decision) -> bool:
+        """Whether the network has seen as many windows as in training (without resets: a multiple of them)."""
+        return decision.step % (self.stream.reset_every or self.net.time_steps) == 0
 
     def _seconds(self, decision: Decision) -> float:
         """Since the recording began; cameras count from any moment."""
@@ -199,10 +207,12 @@ class _Show:
         if self.last is None:
             self.first = decision.start
         self.last = decision
+        if self.round_ends(decision):
+            self.whole = decision
         if self.options.as_json:
             return
         if self.live is None:
-            if self._round_ends(decision):
+            if self.round_ends(decision):
                 self._line(decision)
         elif time.monotonic() - self.drawn > 0.08:
             self.drawn = time.monotonic()
@@ -211,7 +221,9 @@ class _Show:
     def _line(self, decision: Decision) -> None:
         ranked = "  ".join(f"{guess['class']} {guess['probability']:.1%}"
                            for guess in best(decision.logits, self.net.classes, self.options.top))
-        self.console.print(Text(printable(f"{self._seconds(decision):.3f} s: {ranked}")))
+        every = self.stream.reset_every
+        begun = "" if not every or self.round_ends(decision) else f" (a round not over: {decision.step} of {every} windows)"
+        self.console.print(Text(printable(f"{self._seconds(decision):.3f} s{begun}: {ranked}")))
 
     def _picture(self, decision: Decision) -> Group:
         table = Table.grid(padding=(0, 1))
@@ -225,6 +237,11 @@ class _Show:
 
     def _summary(self) -> Text:
         totals = self.stream.totals
+        decided = ""
+        if self.whole is not None and self.whole is not self.last:
+            (guess,) = best(self.whole.logits, self.net.classes, 1)
+            decided = printable(f"; after the last whole round, at {self._seconds(self.whole):.3f} s: {guess['class']} "
+                                f"{guess['probability']:.1%}")
         times = np.array(totals.latencies_ms or [0.0])
         odd = [f"{number} {what}" for number, what in (
             (totals.empty, "empty windows"), (totals.late, "late events dropped"),
@@ -232,4 +249,4 @@ class _Show:
             (totals.clipped, "events above 255 in a pixel"), (totals.jumps, "jumps of the clock")) if number]
         return Text(f"{totals.windows} windows, {totals.events:,} events, {totals.events_per_second / 1e6:.2f} M events/s; "
                     f"decision after {np.median(times):.2f} ms (median), {times.max():.2f} ms (most)"
-                    + (f"; {', '.join(odd)}" if odd else ""))
+                    + (f"; {', '.join(odd)}" if odd else "") + decided)

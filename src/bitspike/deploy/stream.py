@@ -7,6 +7,7 @@ but its count.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -28,7 +29,8 @@ class Decision:
 
     start, stop: of the window in microseconds, [start, stop); by count, of its first and last event. step: windows since the
     membranes were at rest, 1..; logits: float32 [classes], the mean over those windows; events: how many were counted;
-    latency_ms: from the end of the window to the decision, that is, the time of the network alone.
+    latency_ms: from the end of the window to the decision, that is, the time of the network alone; frame: what it was given,
+    uint8 [H, W, 2] (OFF, ON), not to be written into.
     """
 
     start: int
@@ -48,7 +50,8 @@ class Decision:
 @dataclass
 class Totals:
     """What a stream has seen: events counted into frames, late (dropped), outside the sensor (dropped), clipped at 255 (a
-    pixel's count beyond), windows, of them empty; jumps of the clock; seconds spent with frames and with the network.
+    pixel's count beyond), windows, of them empty; jumps of the clock; seconds spent with frames and with the network;
+    latencies_ms: of the last 1,000 decisions.
     """
 
     events: int = 0
@@ -60,7 +63,7 @@ class Totals:
     jumps: int = 0
     frame_seconds: float = 0.0
     net_seconds: float = 0.0
-    latencies_ms: list[float] = field(default_factory=list)
+    latencies_ms: deque[float] = field(default_factory=lambda: deque(maxlen=1000), repr=False)
 
     @property
     def events_per_second(self) -> float:
@@ -93,6 +96,12 @@ class Stream:
     windows begin anew at that event, and it is counted in `totals.jumps`.
 
     After T windows the decision equals `net(frames)` of the same T frames bit for bit.
+
+    >>> from bitspike.data.events import iterate                     # doctest: +SKIP
+    >>> stream = Stream(net, sensor=(128, 128), window_us=50_000)    # doctest: +SKIP
+    >>> for piece in iterate("recording.aedat"):                     # doctest: +SKIP
+    ...     for decision in stream.push(piece.data):
+    ...         print(decision.stop, decision.best)
     """
 
     def __init__(self, net: Net | Steps, sensor: tuple[int, int] | None = None, *, window_us: int | None = None,
@@ -118,25 +127,28 @@ class Stream:
         self._row = np.arange(self.sensor[0]) * height // self.sensor[0] * width
         self._column = np.arange(self.sensor[1]) * width // self.sensor[1]
         self._counts = np.zeros((2, height, width), np.int32)
+        self._empty = np.zeros((height, width, 2), np.uint8)
+        self._empty.flags.writeable = False
         self._held = 0
         self._start = self._last = start_us
 
     # ------------------------------------------------------------------------------------------------ input
-    def push(self, events: np.ndarray) -> Iterator[Decision]:
+    def push(self, events: np.ndarray) -> list[Decision]:
         """Events (structured, with t in microseconds, x, y, p) of any number -> the decisions of the windows they end.
 
-        The work is done as the decisions are taken from the iterator, so a large burst needs no memory of its own: take them
-        all, for example with a for loop or list(), before the next push.
+        None is kept; the decisions hold a frame each, so a recording of hours is pushed in pieces.
 
         Raises:
-            TypeError: no structured array with t, x, y and p.
+            TypeError: no structured array with t, x, y and p in whole numbers. The stream is as it was before.
         """
         names = events.dtype.names or () if isinstance(events, np.ndarray) else ()
         if not {"t", "x", "y", "p"} <= set(names) or events.ndim != 1:
             found = f"{events.dtype} {events.shape}" if isinstance(events, np.ndarray) else type(events).__name__
             raise TypeError(f"events: found {found}; a one-dimensional structured array with t, x, y and p is needed "
                             "(bitspike.data.events.read makes one)")
-        return self._push(events)
+        if not (all(events.dtype[name].kind in "iu" for name in "txy") and events.dtype["p"].kind in "iub"):
+            raise TypeError(f"events: found {events.dtype}; t (microseconds), x, y and p are whole numbers")
+        return list(self._push(events))
 
     def _push(self, events: np.ndarray) -> Iterator[Decision]:
         for first in range(0, len(events), _BLOCK):
@@ -146,7 +158,7 @@ class Stream:
             else:
                 yield from self._by_time(block, self.window_us or 1)
 
-    def advance(self, now_us: int) -> Iterator[Decision]:
+    def advance(self, now_us: int) -> list[Decision]:
         """Time has passed up to `now_us`: the decisions of all windows that ended by then. Only with window_us.
 
         Raises:
@@ -154,12 +166,11 @@ class Stream:
         """
         if self.window_us is None:
             raise ValueError("the windows of this stream are made by count: time does not end them")
-        return self._advance(int(now_us), self.window_us)
+        return list(self._advance(int(now_us), self.window_us))
 
-    def flush(self) -> Iterator[Decision]:
-        """The decision of a window that was begun, though it is not over: for the end of a recording."""
-        if self._held:
-            yield self._decide()
+    def flush(self) -> list[Decision]:
+        """The decision of a window that was begun, though it is not over: for the end of a recording. Empty if none was."""
+        return [self._decide()] if self._held else []
 
     def reset(self) -> None:
         """Membranes to rest and the window empty; the next event begins a new one. The totals stay."""
@@ -224,7 +235,7 @@ class Stream:
 
     # ------------------------------------------------------------------------------------------------ a window
     def _on_sensor(self, part: np.ndarray) -> np.ndarray:
-        inside = (part["x"] < self.sensor[1]) & (part["y"] < self.sensor[0])
+        inside = (part["x"] < self.sensor[1]) & (part["y"] < self.sensor[0]) & (part["x"] >= 0) & (part["y"] >= 0)
         if inside.all():
             return part
         self.totals.outside += len(part) - int(inside.sum())
@@ -250,7 +261,8 @@ class Stream:
             self.steps.reset()
         totals = self.totals
         over = int((self._counts - 255).clip(0).sum()) if self._held > 255 else 0
-        frame = np.ascontiguousarray(np.minimum(self._counts, 255).astype(np.uint8).transpose(1, 2, 0))
+        frame = np.ascontiguousarray(np.minimum(self._counts, 255).astype(np.uint8).transpose(1, 2, 0)) if self._held \
+            else self._empty  # one for all: a long silence ends many windows at once
         logits = self.steps.push(frame)[0]
         spent = time.perf_counter() - began
         start = self._start or 0
@@ -261,7 +273,6 @@ class Stream:
         totals.clipped += over
         totals.net_seconds += spent
         totals.latencies_ms.append(1e3 * spent)
-        del totals.latencies_ms[:-1000]  # the last ones: memory stays as it is
         self._counts[:] = 0
         self._held = 0
         if self.window_us is not None:
