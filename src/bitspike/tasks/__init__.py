@@ -31,10 +31,7 @@ class Meter(Protocol):
 
 
 class Task(Protocol):
-    """One of the recipe's tasks. `headline` is the number that is shown while training, `label` how it is called there."""
-
-    headline: str
-    label: str
+    """One of the recipe's tasks."""
 
     def batches(self, recipe: Recipe, data: Dataset) -> Batches:
         """Training batches (uint8 pictures, targets) of `recipe.train_on`; see `data.pipeline.Batches`."""
@@ -66,15 +63,15 @@ class Task(Protocol):
         ...
 
     def says(self, result: dict[str, Any], prefix: str = "") -> str:
-        """The numbers that matter as text: "top-1 91.20 %"; `prefix` is that of the names in `result`."""
+        """The numbers that matter as text, for progress and results; `prefix` is that of the names in `result`."""
         ...
 
 
 def task_of(recipe: Recipe) -> Task:
     """The task of a recipe.
 
-    >>> task_of(Recipe("x", nn.Identity)).headline
-    'top1'
+    >>> task_of(Recipe("x", nn.Identity)).says({"top1": 91.2})
+    'top-1 91.20 %'
     """
     if recipe.task == "segmentation":
         from bitspike.tasks.segmentation import Segmentation

@@ -19,8 +19,6 @@ from bitspike.tasks import Meter, summed
 class Classification:
     """See `Task`. Targets are labels, int64 [B]; with mixup or cutmix shares of the classes, [B, K]."""
 
-    headline, label = "top1", "top-1"
-
     def batches(self, recipe: Recipe, data: Dataset) -> Batches:
         """From memory where nothing has to be decoded, resized or RandAugmented, else by worker processes."""
         split = data.split(recipe.train_on)

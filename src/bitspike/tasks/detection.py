@@ -26,8 +26,6 @@ class Detection(Dense):
     that name, and gives each mask in its box, [N, 1, m, m]: it is then drawn once, in the stored picture.
     """
 
-    headline, label = "box_map", "box mAP"
-
     def to_device(self, targets: list[Target], device: torch.device) -> list[Target]:
         """Every tensor on the device, as a plain tensor."""
         return [{name: value.as_subclass(Tensor).to(device) if isinstance(value, Tensor) else value

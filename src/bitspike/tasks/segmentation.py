@@ -36,8 +36,6 @@ def pixel_loss(logits: Tensor, truth: Tensor) -> Tensor:
 class Segmentation(Dense):
     """See `Task`. A model gives logits [B, K, h, w] at any stride; in training it may give {"out": those, "aux": others}."""
 
-    headline, label = "miou", "mIoU"
-
     def __init__(self, window: int = 0) -> None:
         self.window = window
 
