@@ -228,7 +228,7 @@ def test_cache_goes_on_after_an_interruption(n_mnist: Path, tmp_path: Path, monk
     monkeypatch.setattr(frame_cache, "_EVERY", 3)
     with monkeypatch.context() as patch:
         count_files(patch, 7)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="the frames of 6 recordings are kept"):
             load("n_mnist", n_mnist, FRAMES)
     (folder,) = (tmp_path / "cache").iterdir()
     assert not (folder / "frames.npy").exists() and not (folder / "whole.json").exists()
@@ -267,6 +267,20 @@ def test_cache_is_not_trusted_blindly(n_mnist: Path, tmp_path: Path, monkeypatch
     (folder / "frames.npy").write_bytes(whole)
     with pytest.raises(DataError, match="not the frames that were written there; remove the folder"):
         load("n_mnist", n_mnist, FRAMES)
+
+
+def test_a_full_disk_is_told_before_anything_is_made(n_mnist: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(recordings, "IN_MEMORY", 0)
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(frame_cache.os, "posix_fallocate", full, raising=False)
+    read = count_files(monkeypatch)
+    with pytest.raises(DataError, match=r"cannot be kept there .*No space left.*set BITSPIKE_CACHE"):
+        load("n_mnist", n_mnist, FRAMES)
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert not read and [p.name for p in folder.iterdir()] == ["lock"]
 
 
 def test_cache_of_a_changed_archive_is_another(n_mnist: Path, tmp_path: Path, monkeypatch):

@@ -61,10 +61,15 @@ class Cache:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         except ImportError:  # Windows: two processes may do the work twice, into the same bytes
             pass
+        for draft in self.folder.glob(".*.part"):  # of a note, by a process that was killed
+            draft.unlink(missing_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.close()
+        if kind is KeyboardInterrupt and self._noted:
+            warnings.warn(f"the frames of {self._noted} recordings are kept in {self.folder}; the next start goes on from "
+                          "there.", stacklevel=2)
 
     @property
     def finished(self) -> bool:
@@ -87,9 +92,13 @@ class Cache:
         self._crc, self._noted = 0, 0
         try:
             self.images = np.lib.format.open_memmap(self._partial, "w+", np.uint8, self.shape)
+            if hasattr(os, "posix_fallocate"):  # else a disk that fills up ends the process without a word, by SIGBUS
+                with self._partial.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, self._partial.stat().st_size)
         except OSError as error:
+            self._partial.unlink(missing_ok=True)
             size = int(np.prod(self.shape, dtype=np.int64))
-            raise DataError(f"{self.folder}: {size / 1e9:.1f} GB of frames cannot be kept there ({error}); set BITSPIKE_CACHE "
+            raise DataError(f"{self.folder}: {size / 1e6:,.1f} MB of frames cannot be kept there ({error}); set BITSPIKE_CACHE "
                             "to a folder with room.") from None
         return 0
 
