@@ -118,6 +118,8 @@ def test_recipe_round_trip():
     stored = json.loads(json.dumps(recipe.to_dict()))
     assert Recipe.from_dict(stored) == recipe
     assert differences(stored, RECIPE.override({"workers": "7"}).to_dict()) == ["model_options: {'levels': [2, 4]} -> {}"]
+    older = {name: value for name, value in stored.items() if name not in ("frames", "task", "scales", "drop_epochs")}
+    assert differences(older, stored) == []  # a run from before these fields goes on
     for path in ("os:system", "bitspike.models:nothing", "nowhere:Net"):
         with pytest.raises(RecipeError, match=f"the run names {path}"):
             Recipe.from_dict({**stored, "model": path})

@@ -324,7 +324,8 @@ _DESCRIPTIVE = ("name", "workers", "validate_every", "claim", "cost", "notes")
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """"field: stored -> asked" for every field that changes the result (not the texts, not the number of workers)."""
     # a run of an older version did as these fields do when they are left alone
-    before = {**{f.name: f.default for f in fields(Recipe) if f.name in _LATER}, **stored}
+    later = {f.name: f.default for f in fields(Recipe) if f.name in _LATER}
+    before = {**{name: list(v) if isinstance(v, tuple) else v for name, v in later.items()}, **stored}  # as JSON has them
     return [f"{name}: {before.get(name)!r} -> {asked.get(name)!r}" for name in {**before, **asked}
             if name not in _DESCRIPTIVE and before.get(name) != asked.get(name)]
 
