@@ -64,7 +64,7 @@ _SMALL = Recipe(
 
 _OVERFIT = replace(
     _SMALL, name="qsd_transformer.coco_overfit", data="coco_overfit", scales=(1.0,), flip="none", colour_jitter=0.0,
-    epochs=300, weight_decay=0.01, warmup_epochs=5, train_on="train", validate_every=50,
+    epochs=150, weight_decay=0.01, warmup_epochs=5, train_on="train", validate_every=30,
     notes="Not a measure of quality: can the network learn 16 pictures by heart? Which ones: see data.coco.coco_overfit.")
 
 
