@@ -19,8 +19,8 @@ from bitspike.tasks.segmentation import enlarged
 
 HEIGHT, WIDTH = 96, 128
 SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, CAR = 0, 1, 2, 3, 4, 5, 6, 8  # class numbers of CamVid
-COLOURS = {SKY: (150, 190, 235), BUILDING: (150, 110, 90), POLE: (190, 190, 180), ROAD: (95, 95, 100), PAVEMENT: (170, 160, 150),
-           TREE: (60, 120, 50), SIGN: (200, 60, 40), CAR: (70, 60, 140)}
+COLOURS = {SKY: (150, 190, 235), BUILDING: (150, 110, 90), POLE: (190, 190, 180), ROAD: (95, 95, 100),
+           PAVEMENT: (170, 160, 150), TREE: (60, 120, 50), SIGN: (200, 60, 40), CAR: (70, 60, 140)}
 
 
 def street(seed: int) -> tuple[Image.Image, Image.Image]:
@@ -95,5 +95,6 @@ for i in range(3):
         logits = enlarged(model(as_input(normalise(picture[None], recipe))), HEIGHT, WIDTH)
     truth = test.target(i, HEIGHT, WIDTH)["semantic"].numpy()
     rows.append(np.hstack([picture.permute(1, 2, 0).numpy(), coloured(truth), coloured(logits[0].argmax(0).numpy())]))
-Image.fromarray(np.vstack(rows)).save(folder / "segmentation.png")
+Image.fromarray(np.vstack(rows)).resize((6 * WIDTH, 6 * HEIGHT), Image.Resampling.NEAREST).save(
+    folder / "segmentation.png", optimize=True)
 print(f"{folder / 'segmentation.png'}: photo, truth, prediction of a 4-bit network")
