@@ -170,6 +170,18 @@ def test_options_that_cannot_be_meant():
         BlackBox(trials=0)
     with pytest.raises(SearchError, match="steps=0; it must be"):
         Differentiable(steps=0)
+    for storage in ("nonsense://x", "nothing", "sqlite:////no/such/folder/x.db"):
+        with pytest.raises(SearchError, match="cannot be opened"):
+            search(network(), FEW, "bits=3", pictures(), method="blackbox", options=BlackBox(2, storage))
+
+
+def test_a_data_base_is_shared_between_searches(tmp_path):
+    shared = f"sqlite:///{tmp_path / 'search.db'}"
+    search(network(), FEW, "bits=3", pictures(), method="blackbox", options=BlackBox(4, shared))
+    said = []
+    search(network(), FEW, "bits=3", pictures(), method="blackbox", options=BlackBox(6, shared),
+           tell=lambda text, done, total: said.append((text, done)))
+    assert [done for text, done in said if text == "trials"] == [5, 6]
 
 
 def test_data_that_cannot_be_meant():

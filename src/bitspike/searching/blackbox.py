@@ -42,7 +42,13 @@ def _storage(options: Options, folder: Path | None) -> Any:
     from optuna.storages.journal import JournalFileBackend
 
     if options.storage is not None:
-        return optuna.storages.RDBStorage(options.storage)
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            return optuna.storages.RDBStorage(options.storage)
+        except (SQLAlchemyError, ImportError) as error:
+            raise SearchError(f"storage {options.storage!r} cannot be opened: {error}. It is an address such as "
+                              "sqlite:///search.db or mysql://user@host/name, whose driver is installed.") from None
     if folder is None:
         return optuna.storages.InMemoryStorage()
     folder.mkdir(parents=True, exist_ok=True)
