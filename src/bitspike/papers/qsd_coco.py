@@ -89,7 +89,8 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
             cost="as coco_small. " + _command("qsd_transformer.coco_small_float")),
     replace(_SMALL, name="qsd_transformer.coco_small_retinanet", model=detection.small_retinanet,
             claim="ours: boxes only, not measured yet", cost="CPU. " + _command("qsd_transformer.coco_small_retinanet")),
-    replace(_OVERFIT, claim="ours: not measured yet", cost="CPU. " + _command("qsd_transformer.coco_overfit")),
+    replace(_OVERFIT, claim="ours: box mAP 96.6 %, mask mAP 88.5 % at 0.5 on what it was trained on; see RESULTS.md",
+            cost="6 minutes on one CPU core. " + _command("qsd_transformer.coco_overfit")),
     replace(_OVERFIT, name="qsd_transformer.coco_overfit_float", bits=32, claim="ours: the float-weight twin of coco_overfit",
             cost="as coco_overfit. " + _command("qsd_transformer.coco_overfit_float")),
 )}
