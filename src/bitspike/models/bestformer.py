@@ -22,7 +22,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from bitspike.models.blocks import ConvNorm, as_sequence
-from bitspike.models.published import load_renamed, read_weights
+from bitspike.models.published import load_renamed, read_table
 from bitspike.models.reversible import run_blocks
 from bitspike.models.spikformer import MembraneTokenizer, Mlp, lif, lif_attention
 from bitspike.models.spikformer import published_name as spikformer_name
@@ -267,10 +267,9 @@ def load_published(model: BESTformer, weights: str | Path | Mapping[str, Tensor]
     weights: a `.safetensors` file, a torch `.pth` (tensors only), or a table of tensors; before `quantize_`.
     Errors: PublishedWeightsError with the lists of keys, and then nothing is changed; FileNotFoundError.
     """
-    named = isinstance(weights, str | Path)
-    state = dict(read_weights(weights) if isinstance(weights, str | Path) else weights)
+    state, where = read_table(weights)
     for name, tensor in state.items():
         if name.endswith(".lambda_attn") and tensor.dim() == 5:  # [T, 1, heads, 1, 1] there
             state[name] = tensor.flatten(1)
-    load_renamed(model, state, published_name, r"(?!)", str(weights) if named else "the table of weights")
+    load_renamed(model, state, published_name, where)
     return model

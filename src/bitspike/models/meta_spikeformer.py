@@ -25,7 +25,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from bitspike.models.blocks import ConvNorm, LayerScale, NormPad, SpikeConv, as_sequence, spike_attention
-from bitspike.models.published import load_renamed, read_weights, rename
+from bitspike.models.published import load_renamed, read_table, rename
 from bitspike.neurons import IELIF, LIF, timewise
 
 NeuronFactory = Callable[[], nn.Module]
@@ -462,10 +462,9 @@ def load_published(model: MetaSpikeFormer, weights: str | Path | Mapping[str, Te
     if model.topology != "published":
         raise ValueError(f"load_published: the model's topology is {model.topology!r}; these weights belong to "
                          "topology='published'.")
-    named = isinstance(weights, str | Path)
-    state = dict(read_weights(weights) if isinstance(weights, str | Path) else weights)
+    state, where = read_table(weights)
     for leaf in ("weight", "bias"):
         if {f"head.{leaf}", f"head_kd.{leaf}"} <= state.keys():
             state[f"head.{leaf}"] = (state[f"head.{leaf}"] + state.pop(f"head_kd.{leaf}")) / 2
-    load_renamed(model, state, published_name, _DEAD, str(weights) if named else "the table of weights")
+    load_renamed(model, state, published_name, where, _DEAD)
     return model

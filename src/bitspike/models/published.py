@@ -64,6 +64,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
+def read_table(weights: str | Path | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """What `load_published` may be given, a file or a table of tensors -> (a table to change at will, its name in errors).
+
+    Errors: as `read_weights`.
+    """
+    if isinstance(weights, str | Path):
+        return read_weights(weights), str(weights)
+    return dict(weights), "the table of weights"
+
+
 def rename(name: str, table: Sequence[tuple[str, str]]) -> str:
     """Apply the regular expressions of a table one after the other.
 
@@ -75,14 +85,15 @@ def rename(name: str, table: Sequence[tuple[str, str]]) -> str:
     return name
 
 
-def load_renamed(model: nn.Module, weights: Mapping[str, Tensor], to_ours: Callable[[str], str], dead: str,
-                 where: str = "checkpoint") -> None:
+def load_renamed(model: nn.Module, weights: Mapping[str, Tensor], to_ours: Callable[[str], str], where: str,
+                 dead: str = r"(?!)") -> None:
     """Copy published weights into the model, in place; every key must have its place, and every place a key.
 
     weights: published name -> tensor. to_ours: published parameter name -> ours, before quantizers are looked at: a
     layer's `weight` goes to the latent weight of a quantized layer, its `alpha` and `init_state` to the LSQ quantizer.
-    dead: regular expression of published names that have no effect and are skipped. A weight [O, I] of a Linear or [O, I, k]
-    of a Conv1d goes into a Conv2d as [O, I, 1, 1] or [O, I, k, 1]. Errors: PublishedWeightsError, and then nothing is changed.
+    where: what to call them in an error. dead: regular expression of published names that have no effect and are skipped
+    (default: none). A weight [O, I] of a Linear or [O, I, k] of a Conv1d goes into a Conv2d as [O, I, 1, 1] or [O, I, k, 1].
+    Errors: PublishedWeightsError, and then nothing is changed.
     """
     own = model.state_dict()
     loaded: dict[str, Tensor] = {}

@@ -16,8 +16,18 @@ import torch.fx
 from torch import Tensor, nn
 
 from bitspike.models.blocks import ConvNorm, SpikeConv, as_sequence
-from bitspike.models.published import load_renamed, read_weights, rename
-from bitspike.models.spikformer import ConvSpike, Mlp, halve, lif, lif_attention, pooling_steps, token_widths
+from bitspike.models.published import load_renamed, read_table, rename
+from bitspike.models.spikformer import (
+    Block,
+    ConvSpike,
+    Mlp,
+    conv3,
+    halve,
+    lif,
+    lif_attention,
+    pooling_steps,
+    token_widths,
+)
 from bitspike.neurons import timewise
 
 NeuronFactory = Callable[[], nn.Module]
@@ -47,17 +57,13 @@ class Tokenizer(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, pooling: str, neuron: NeuronFactory) -> None:
         super().__init__()
-
-        def conv(inputs: int, outputs: int) -> nn.Conv2d:
-            return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-
         widths, pools = token_widths(channels), pooling_steps(pooling)
         steps: list[nn.Module] = [
-            ConvSpike(conv(i, o), neuron(), pool)
+            ConvSpike(conv3(i, o), neuron(), pool)
             for i, o, pool in zip((in_channels, *widths[:2]), widths[:3], pools[:3], strict=True)]
-        self.stages = nn.Sequential(*steps, ConvNorm(conv(widths[2], channels), nn.BatchNorm2d(channels)))
+        self.stages = nn.Sequential(*steps, ConvNorm(conv3(widths[2], channels), nn.BatchNorm2d(channels)))
         self.pool = halve() if pools[3] else None
-        self.rpe = SpikeConv(neuron(), conv(channels, channels))
+        self.rpe = SpikeConv(neuron(), conv3(channels, channels))
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         x = self.stages(x_TBCHW)
@@ -88,18 +94,6 @@ class Attention(nn.Module):
         s = self.neuron(x_TBCHW)
         q, k, v = self.q_neuron(self.q(s)), self.k_neuron(self.k(s)), self.v_neuron(self.v(s))
         return self.proj(spike_mask(q, self.attention_neuron(spike_coincidences(k, v))))  # type: ignore[no-any-return]
-
-
-class Block(nn.Module):
-    """x + Attention(x), then x + Mlp(x): [T, B, C, H, W] -> same."""
-
-    def __init__(self, attn: Attention, mlp: Mlp) -> None:
-        super().__init__()
-        self.attn, self.mlp = attn, mlp
-
-    def forward(self, x_TBCHW: Tensor) -> Tensor:
-        x = x_TBCHW + self.attn(x_TBCHW)
-        return x + self.mlp(x)  # type: ignore[no-any-return]
 
 
 class SpikeDrivenTransformer(nn.Module):
@@ -226,7 +220,6 @@ def load_published(model: SpikeDrivenTransformer, weights: str | Path | Mapping[
     unused `talking_heads` are skipped.
     Errors: PublishedWeightsError with the lists of keys, and then nothing is changed; FileNotFoundError.
     """
-    named = isinstance(weights, str | Path)
-    state = read_weights(weights) if isinstance(weights, str | Path) else weights
-    load_renamed(model, state, published_name, _DEAD, str(weights) if named else "the table of weights")
+    state, where = read_table(weights)
+    load_renamed(model, state, published_name, where, _DEAD)
     return model

@@ -22,7 +22,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from bitspike.models.blocks import ConvNorm, SpikeConv, as_sequence, spike_attention
-from bitspike.models.published import load_renamed, read_weights, rename
+from bitspike.models.published import load_renamed, read_table, rename
 from bitspike.neurons import LIF, timewise
 
 NeuronFactory = Callable[[], nn.Module]
@@ -91,7 +91,8 @@ def token_widths(channels: int) -> tuple[int, int, int, int]:
     return channels // 8, channels // 4, channels // 2, channels
 
 
-def _conv3(inputs: int, outputs: int) -> nn.Conv2d:
+def conv3(inputs: int, outputs: int) -> nn.Conv2d:
+    """3x3 pixels, without bias, at full resolution: [.., inputs, H, W] -> [.., outputs, H, W]."""
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
 
 
@@ -102,9 +103,9 @@ class Tokenizer(nn.Module):
         super().__init__()
         widths = token_widths(channels)
         self.stages = nn.Sequential(*(
-            ConvSpike(_conv3(i, o), neuron(), pool)
+            ConvSpike(conv3(i, o), neuron(), pool)
             for i, o, pool in zip((in_channels, *widths), widths, pooling_steps(pooling), strict=False)))
-        self.rpe = ConvSpike(_conv3(channels, channels), neuron())
+        self.rpe = ConvSpike(conv3(channels, channels), neuron())
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         x = self.stages(x_TBCHW)
@@ -120,9 +121,9 @@ class MembraneTokenizer(nn.Module):
     def __init__(self, in_channels: int, channels: int, pooling: str, neuron: NeuronFactory) -> None:
         super().__init__()
         widths = token_widths(channels)
-        steps: list[nn.Module] = [ConvNorm(_conv3(in_channels, widths[0]), nn.BatchNorm2d(widths[0]))]
+        steps: list[nn.Module] = [ConvNorm(conv3(in_channels, widths[0]), nn.BatchNorm2d(widths[0]))]
         for i, o, pool in zip(widths, (*widths[1:], channels), pooling_steps(pooling), strict=True):
-            steps.append((SpikePoolConv if pool else SpikeConv)(neuron(), _conv3(i, o)))
+            steps.append((SpikePoolConv if pool else SpikeConv)(neuron(), conv3(i, o)))
         self.stages = nn.Sequential(*steps)
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
@@ -184,9 +185,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + SelfAttention(x), then x + Mlp(x): [T, B, C, H, W] -> same."""
+    """x + attention(x), then x + Mlp(x): [T, B, C, H, W] -> same."""
 
-    def __init__(self, attn: SelfAttention, mlp: Mlp) -> None:
+    def __init__(self, attn: nn.Module, mlp: Mlp) -> None:
         super().__init__()
         self.attn, self.mlp = attn, mlp
 
@@ -368,8 +369,6 @@ def load_published(model: Spikformer, weights: str | Path | Mapping[str, Tensor]
     that the release never uses are skipped.
     Errors: PublishedWeightsError with the lists of keys, and then nothing is changed; FileNotFoundError.
     """
-    named = isinstance(weights, str | Path)
-    state = read_weights(weights) if isinstance(weights, str | Path) else weights
-    load_renamed(model, state, partial(published_name, shortcut=model.shortcut), _DEAD,
-                 str(weights) if named else "the table of weights")
+    state, where = read_table(weights)
+    load_renamed(model, state, partial(published_name, shortcut=model.shortcut), where, _DEAD)
     return model

@@ -18,7 +18,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from bitspike.models.blocks import ConvNorm, as_sequence
-from bitspike.models.published import PublishedWeightsError, load_renamed, read_weights, rename
+from bitspike.models.published import PublishedWeightsError, load_renamed, read_table, rename
 from bitspike.neurons import LIF, Triangle, timewise
 
 NeuronFactory = Callable[[], nn.Module]
@@ -247,13 +247,12 @@ def load_published(model: SpikingResNet | SpikingVGG, weights: str | Path | Mapp
     Errors: PublishedWeightsError with the lists of keys, and where the several names of one tensor hold different values;
     then nothing is changed. FileNotFoundError.
     """
-    where = str(weights) if isinstance(weights, str | Path) else "the table of weights"
-    state = read_weights(weights) if isinstance(weights, str | Path) else weights
+    state, where = read_table(weights)
     first: dict[str, str] = {}
     for name, tensor in state.items():
         known = first.setdefault(published_name(name), name)
         if known != name and not torch.equal(tensor, state[known]):
             raise PublishedWeightsError(f"{where}: {known} and {name} are one tensor in the released code, but differ.")
     once = {name: state[name] for name in first.values()}
-    load_renamed(model, once, published_name, r"(?!)", where)
+    load_renamed(model, once, published_name, where)
     return model
