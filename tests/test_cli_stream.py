@@ -147,6 +147,27 @@ def test_page(network: Path, recording: Path, tmp_path: Path):
     assert sheet.size == (data["w"] * data["columns"], data["h"])
 
 
+def test_damaged_and_empty_recordings(network: Path, recording: Path, tmp_path: Path, capsys):
+    """The others are still played; --prefix takes what is whole; without an event there is no decision."""
+    write(tmp_path / "whole.dat", events(np.arange(0, 8000, 10), [1] * 800, [2] * 800, [1] * 800), "dat", size=(16, 16))
+    cut, empty = tmp_path / "cut.dat", tmp_path / "empty.aedat"
+    cut.write_bytes((tmp_path / "whole.dat").read_bytes()[:-3])
+    empty.write_bytes(b"#!AER-DAT2.0\r\n# AEChip: DVS128\r\n")
+    assert call(["run", str(network), str(cut), str(empty), str(recording), "--stream"]) == 2
+    out = capsys.readouterr()
+    assert "5 bytes are left" in out.err and "--prefix" in out.err and "no events in it" in out.err
+    assert [line for line in out.out.splitlines() if line.startswith("/")] == [str(cut), str(empty), str(recording)]
+    assert "10 windows, 1,000 events" in out.out
+    assert call(["run", str(network), str(cut), str(recording), "--stream", "--json", "--prefix"]) == 0
+    out = capsys.readouterr()
+    first, second = json.loads(out.out)
+    assert first["totals"]["events"] == 799 and second["totals"]["events"] == 1000
+    assert "cut.dat at byte" in out.err and "Taken: the 799 events before." in out.err
+    assert call(["run", str(network), str(cut), "--prefix"]) == 0 and "Taken: the 799" in capsys.readouterr().err
+    assert call(["run", str(network), str(cut)]) == 2 and "--prefix" in capsys.readouterr().err
+    assert call(["run", str(network), str(empty), "--prefix"]) == 2 and "no events in it" in capsys.readouterr().err
+
+
 def test_what_is_refused(network: Path, recording: Path, tmp_path: Path, capsys):
     def refused(*words: str) -> str:
         assert call(["run", str(network), str(recording), *words]) == 2
@@ -154,6 +175,7 @@ def test_what_is_refused(network: Path, recording: Path, tmp_path: Path, capsys)
 
     assert "go with --stream" in refused("--save", "x.gif")
     assert "a .gif or .html of one recording" in refused("--stream", "--save", "x.mp4")
+    assert "make it first" in refused("--stream", "--save", str(tmp_path / "none" / "x.gif"))
     assert "give one of --window-us" in refused("--stream", "--window-us", "5", "--window-events", "5")
     assert "at least 1" in refused("--stream", "--window-us", "0")
     silent = make_network(tmp_path / "time.bitspike", None, "time")

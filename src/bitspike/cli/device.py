@@ -43,7 +43,7 @@ def run(file: str, inputs: list[Path], /, *, as_json: Annotated[bool, Parameter(
         top: Annotated[int, Parameter(name=["--top", "-k"])] = 5, threads: int | None = None,
         stream: Annotated[bool, Parameter(negative=())] = False, window_us: int | None = None,
         window_events: int | None = None, never_reset: Annotated[bool, Parameter(negative=())] = False, speed: float = 0.0,
-        save: Path | None = None) -> int:
+        save: Path | None = None, prefix: Annotated[bool, Parameter(negative=())] = False) -> int:
     """Classify pictures, or recordings of an event camera, with a .bitspike file, on the integer runtime (no torch).
 
     What cannot be read is reported on stderr and makes the exit code 2; the others are still classified.
@@ -72,6 +72,8 @@ def run(file: str, inputs: list[Path], /, *, as_json: Annotated[bool, Parameter(
         With --stream: 1 plays in real time, 2 twice as fast, 0 as fast as it can.
     save
         With --stream: also write the events and the decisions over time as .gif or .html.
+    prefix
+        Of a damaged recording, take what is whole before the damage, with a warning.
     """
     from bitspike.cli import stream as streaming
     from bitspike.data.events import EventError
@@ -82,7 +84,7 @@ def run(file: str, inputs: list[Path], /, *, as_json: Annotated[bool, Parameter(
     net = load(file)
     if stream:
         return streaming.play(net, inputs, streaming.Options(top, as_json, threads, window_us, window_events, never_reset,
-                                                             speed, save))
+                                                             speed, save, prefix))
     if save is not None or window_us or window_events or never_reset or speed:
         raise ImageError("--save, --window-us, --window-events, --never-reset and --speed go with --stream.")
     results: list[dict[str, Any]] = []
@@ -101,9 +103,10 @@ def run(file: str, inputs: list[Path], /, *, as_json: Annotated[bool, Parameter(
         results.append(entry)
         if problem is None:
             try:
-                waiting.append((entry, streaming.read_frames(path, net) if frames else read_image(path, net.header["input"])))
+                waiting.append((entry, streaming.read_frames(path, net, prefix) if frames
+                                else read_image(path, net.header["input"])))
             except (ImageError, EventError, OSError) as error:
-                problem = str(error)
+                problem = streaming.told(error)
         if problem is not None:
             entry["error"] = problem
         if len(waiting) == _BATCH:

@@ -16,7 +16,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bitspike.data.events import Events, iterate, read
+from bitspike.cli.messages import complain, warn
+from bitspike.data.events import EventError, Events, iterate, read
 from bitspike.data.events.framing import Frames
 from bitspike.deploy import Decision, ImageError, Net, Stream
 from bitspike.deploy.fields import printable
@@ -39,6 +40,21 @@ class Options:
     never_reset: bool = False
     speed: float = 0.0
     save: Path | None = None
+    prefix: bool = False
+
+    @property
+    def on_error(self) -> str:
+        """As `iterate` takes it."""
+        return "prefix" if self.prefix else "raise"
+
+
+def told(error: Exception) -> str:
+    """The error's message, with the option of the command for that of the functions."""
+    return str(error).replace("on_error=\"prefix\"", "--prefix")
+
+
+def _empty(path: Path) -> EventError:
+    return EventError("there are no events in it, so there is nothing to decide on.", path)
 
 
 def _trained(net: Net) -> Mapping[str, Any]:
@@ -65,24 +81,35 @@ def _sensor(net: Net, size: tuple[int, int] | None, extent: tuple[int, int]) -> 
     return max(1, extent[0]), max(1, extent[1])
 
 
-def read_frames(path: Path, net: Net) -> np.ndarray:
-    """A recording as the network takes it, uint8 [T, H, W, 2]; cut as in training. Errors: EventError, OSError, ImageError."""
+def read_frames(path: Path, net: Net, prefix: bool = False) -> np.ndarray:
+    """A recording as the network takes it, uint8 [T, H, W, 2]; cut as in training. Errors: EventError, OSError, ImageError.
+
+    prefix: of a damaged one, take what is whole before the damage, with a warning.
+    """
     height, width, channels = net.input_shape
     if channels != 2:
         raise ImageError(f"{net!r} takes frames of {channels} channels; a recording gives two (OFF, ON).")
-    found: Events = read(path, layout=_layout(net, path))
+    found: Events = read(path, on_error="prefix" if prefix else "raise", layout=_layout(net, path))
+    if not len(found):
+        raise found.problem or _empty(path)
+    if found.problem is not None:
+        warn(f"{told(found.problem)} Taken: the {len(found):,} events before.")
     frames = Frames(net.input_steps, (height, width), _trained(net)["by"])
     return np.ascontiguousarray(frames.of(found.data, _sensor(net, found.size, found.extent)).transpose(0, 2, 3, 1))
 
 
 # ----------------------------------------------------------------------------------------------------- play
-def _scan(path: Path, layout: str | None) -> tuple[int, tuple[int, int] | None, tuple[int, int]]:
-    """(number of events, size by the file, extent), with one pass over the file in pieces."""
+def _scan(path: Path, layout: str | None, on_error: str) -> tuple[int, tuple[int, int] | None, tuple[int, int]]:
+    """(number of events, size by the file, extent), read once in pieces. Errors: EventError, of an empty one too."""
     number, height, width = 0, 1, 1
-    size = None
-    for piece in iterate(path, layout=layout):
-        number, size = number + len(piece), piece.size
+    size, problem = None, None
+    for piece in iterate(path, on_error=on_error, layout=layout):
+        number, size, problem = number + len(piece), piece.size, piece.problem
         height, width = max(height, piece.extent[0]), max(width, piece.extent[1])
+    if not number:
+        raise problem or _empty(path)
+    if problem is not None:
+        warn(f"{told(problem)} Taken: the {number:,} events before.")
     return number, size, (height, width)
 
 
@@ -104,19 +131,30 @@ def _window(net: Net, number: int, options: Options, path: Path) -> dict[str, in
 
 
 def play(net: Net, paths: list[Path], options: Options) -> int:
-    """Every recording through a stream of its own. Errors: ImageError for options that cannot be meant; EventError; OSError."""
+    """Every recording through a stream of its own; 2 if one could not be read, else 0. Errors: ImageError for such options."""
     if options.speed < 0:
         raise ImageError(f"--speed {options.speed}: 0 (as fast as it can) or more.")
     if options.save is not None and (options.save.suffix.lower() not in (".gif", ".html") or len(paths) != 1):
         raise ImageError(f"--save {options.save}: a .gif or .html of one recording.")
+    if options.save is not None and not options.save.parent.is_dir():
+        raise ImageError(f"--save {options.save}: there is no folder {options.save.parent}; make it first.")
+    found: list[dict[str, Any]] = []
     for path in paths:
-        _play_one(net, path, options)
-    return 0
+        if len(paths) > 1 and not options.as_json:
+            Console(highlight=False, soft_wrap=True).print(Text(printable(f"{path}"), style="bold"))
+        try:
+            found.append(_play_one(net, path, options))
+        except (EventError, OSError) as error:
+            complain(printable(told(error)))
+            found.append({"recording": str(path), "error": told(error)})
+    if options.as_json:
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+    return 2 if any("error" in one for one in found) else 0
 
 
-def _play_one(net: Net, path: Path, options: Options) -> None:
+def _play_one(net: Net, path: Path, options: Options) -> dict[str, Any]:
     layout = _layout(net, path)
-    number, size, extent = _scan(path, layout)
+    number, size, extent = _scan(path, layout, options.on_error)
     sensor = _sensor(net, size, extent)
     stream = Stream(net, sensor, **_window(net, number, options, path), reset_every=0 if options.never_reset else None,
                     threads=options.threads)
@@ -124,7 +162,7 @@ def _play_one(net: Net, path: Path, options: Options) -> None:
     rows: list[dict[str, Any]] = []
     show = _Show(net, stream, path, options)
     with show:
-        for decision in _decisions(stream, path, layout, options.speed):
+        for decision in _decisions(stream, path, layout, options):
             show.decision(decision)
             if options.save is not None and len(kept) < FILM:
                 kept.append(decision)
@@ -136,20 +174,19 @@ def _play_one(net: Net, path: Path, options: Options) -> None:
     if options.save is not None:
         from bitspike.cli.film import write_film
 
-        write_film(options.save, net.classes, kept, iterate(path, _CHUNK, layout=layout), sensor)
+        write_film(options.save, net.classes, kept, iterate(path, _CHUNK, on_error=options.on_error, layout=layout), sensor)
         more = f" (the first {FILM} windows)" if stream.totals.windows > FILM else ""
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"wrote {options.save}{more}", markup=False)
-    if options.as_json:
-        totals = asdict(stream.totals)
-        del totals["latencies_ms"]
-        print(json.dumps({"recording": str(path), "decisions": rows, "totals": totals}, indent=1))
+    totals = asdict(stream.totals)
+    del totals["latencies_ms"]
+    return {"recording": str(path), "decisions": rows, "totals": totals}
 
 
-def _decisions(stream: Stream, path: Path, layout: str | None, speed: float) -> Iterator[Decision]:
+def _decisions(stream: Stream, path: Path, layout: str | None, options: Options) -> Iterator[Decision]:
     """Every window, the last one cut short; at `speed` times the recording's own pace (0: no waiting)."""
-    began, first = time.monotonic(), None
+    began, first, speed = time.monotonic(), None, options.speed
     some = _PACED if speed else _PUSH
-    for piece in iterate(path, _CHUNK, layout=layout):
+    for piece in iterate(path, _CHUNK, on_error=options.on_error, layout=layout):
         for start in range(0, len(piece), some):
             for decision in stream.push(piece.data[start:start + some]):
                 if speed:
