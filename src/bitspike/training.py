@@ -94,6 +94,7 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
     spec = resolved_spec(model, recipe.quant_spec())
     average = Average(copy.deepcopy(model), recipe.ema) if recipe.ema else None
     batches = task.batches(recipe, data)
+    task.meter(recipe, data, accelerator.device)  # a package it needs is missed now, not after the first epoch
     per_epoch = batches.steps_per_epoch
     if per_epoch < 1:
         raise DataError(f"{recipe.data}: {len(data.split(recipe.train_on))} training images are less than one batch of "

@@ -52,7 +52,7 @@ _ADE20K = Recipe(
 _CAMVID = Recipe(
     "qsd_transformer.camvid_small", segmentation.semantic_fpn_small, {"num_classes": 11}, bits=4, scheme="uniform",
     task="segmentation", data="camvid", train_on="train+val", image_size=192, mean=(105 / 255, 107 / 255, 107 / 255),
-    std=(64 / 255,), flip="random", crop="random", scales=(0.8, 1.6), colour_jitter=0.3, workers=1, epochs=120, batch_size=4,
+    std=(64 / 255,), flip="random", crop="random", scales=(0.8, 1.6), colour_jitter=0.3, workers=1, epochs=80, batch_size=4,
     optimizer="muon", lr=0.02, plain_lr=0.16, momentum=0.9, weight_decay=0.01, warmup_epochs=5, min_lr=1e-4, precision="bf16",
     ema=0.99, auxiliary=0.4, validate_every=20,
     notes="Network and schedule are ours, for one CPU core; from scratch. Backbone, neck and head have 4-bit weights, the "
