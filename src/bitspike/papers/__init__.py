@@ -12,6 +12,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bitspike.recipe import Recipe
 
+#: the claim of a recipe whose result is in no text that could be had
+NO_CLAIM = "none published that could be consulted"
+
+
+def train_command(recipe: str, more: str = "") -> str:
+    """The command that trains a recipe of that full name, to stand at the end of its `cost`.
+
+    >>> train_command("demo.float", " --set epochs=2")
+    'bitspike train demo.float --data DIR --out RUN --set epochs=2'
+    """
+    return f"bitspike train {recipe} --data DIR --out RUN{more}"
+
 
 def all_recipes() -> dict[str, Recipe]:
     """Full name -> recipe, of every paper here; imports them all."""

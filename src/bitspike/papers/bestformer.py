@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from bitspike.models import bestformer
 from bitspike.models.compact_spikeformer import CompactSpikeformer
 from bitspike.objectives import prediction
+from bitspike.papers import NO_CLAIM, train_command
 from bitspike.recipe import Loss, Output, Recipe, RecipeError
 from bitspike.spec import QuantSpec, Scheme
 from bitspike.teachers import load_teacher
@@ -91,10 +92,6 @@ def teacher_cnn(num_classes: int = 10, widths: tuple[int, int, int] = (64, 256, 
 
 
 # ------------------------------------------------------------------------------------------------- recipes
-def _command(name: str, more: str = "") -> str:
-    return f"bitspike train {name} --data DIR --out RUN{more}"
-
-
 _CIFAR = Recipe(
     "bestformer.cifar10", bestformer.cifar_4_384, spec=PUBLISHED, objective=information_enhancement, data="cifar10",
     flip="random", translate=4, translate_pad="zero", rand_augment="rand-m9-n1-mstd0.4-inc1", random_erasing=0.25, mixup=0.5,
@@ -102,7 +99,7 @@ _CIFAR = Recipe(
     warmup_epochs=20, warmup_lr=1e-5, min_lr=1e-5, precision="bf16", label_smoothing=0.1, distill=0.5, seed=42,
     claim="95.73 % top-1 (log; the best epoch, chosen on the test set); 75.3 % after 12 epochs, 88.7 % after 40",
     cost="400 epochs of 4 x 0.66 G MACs an image forward: 1.6e17 MACs with the backward pass; 3.2 hours on 4 GPUs. "
-         + _command("bestformer.cifar10", " --set teacher=TEACHER"),
+         + train_command("bestformer.cifar10", " --set teacher=TEACHER"),
     notes="Release: 4 GPUs x 128 images, AMP fp16. Its teacher is a fine-tuned ViT-B/16 that was not released: train "
           "bestformer.teacher_cifar10, or give a torchvision or timm file.")
 
@@ -120,8 +117,9 @@ _TEACHER = Recipe(
     mean=(125 / 255, 123 / 255, 114 / 255), std=(64 / 255,), flip="alternating", translate=2, cutout=8, epochs=18,
     batch_size=500, optimizer="muon", lr=0.025, plain_lr=0.16, momentum=0.85, betas=(0.9, 0.98), weight_decay=0.01,
     schedule="triangle", warmup_epochs=1.5, precision="bf16", label_smoothing=0.1,
-    claim="ours: a float teacher, not measured yet", cost="about 40 minutes on one CPU core. "
-    + _command("bestformer.teacher_cifar10"), notes="For bestformer.cifar10 and cifar10_small, where no classifier is at hand.")
+    claim="ours: a float teacher, not measured yet",
+    cost="about 40 minutes on one CPU core. " + train_command("bestformer.teacher_cifar10"),
+    notes="For bestformer.cifar10 and cifar10_small, where no classifier is at hand.")
 
 #: name -> recipe
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
@@ -129,7 +127,7 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
     replace(_CIFAR, name="bestformer.cifar100", model_options={"num_classes": 100}, data="cifar100",
             mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762),
             claim="79.80 % top-1 (log; the best epoch, chosen on the test set); 44.9 % after 12 epochs, 65.9 % after 41",
-            cost="as bestformer.cifar10. " + _command("bestformer.cifar100", " --set teacher=TEACHER")),
+            cost="as bestformer.cifar10. " + train_command("bestformer.cifar100", " --set teacher=TEACHER")),
     Recipe("bestformer.imagenet", bestformer.imagenet_8_512, spec=PUBLISHED, objective=information_enhancement,
            data="imagenet", image_size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), flip="random",
            crop="random_resized", rand_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25, mixup=0.8, cutmix=1.0,
@@ -137,19 +135,19 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
            warmup_lr=1e-6, min_lr=1e-5, precision="bf16", label_smoothing=0.1, distill=0.5,
            teacher="torchvision:vit_b_16:IMAGENET1K_SWAG_E2E_V1",
            claim="7.85 points above binary spiking networks of its size (abstract); no absolute figure could be consulted",
-           cost="300 epochs of 4 time steps at 224x224: several days on 4 GPUs. " + _command("bestformer.imagenet"),
+           cost="300 epochs of 4 time steps at 224x224: several days on 4 GPUs. " + train_command("bestformer.imagenet"),
            notes="Release's yml: 4 GPUs x 24 images. torchvision downloads the teacher on first use."),
     Recipe("bestformer.cifar10_dvs", bestformer.dvs_2_256, spec=PUBLISHED, objective=information_enhancement,
            data="cifar10_dvs", frames=16, image_size=128, mean=(0.0, 0.0), std=(1 / 255,), flip="random",
            event_augment="roll=5", epochs=96, batch_size=16, optimizer="adamw", lr=1e-3, weight_decay=0.06, warmup_epochs=10,
            warmup_lr=1e-5, min_lr=1e-5, precision="bf16", label_smoothing=0.1,
-           claim="none published that could be consulted", cost="a GPU. " + _command("bestformer.cifar10_dvs"),
+           claim=NO_CLAIM, cost="a GPU. " + train_command("bestformer.cifar10_dvs"),
            notes="No code or settings were released for it: size and schedule are Spikformer's."),
     _TEACHER,
     replace(_SMALL, claim="ours: 63.6 % after one epoch, 125 kB (see RESULTS.md); the full schedule is not measured yet",
             cost="about 25 minutes on one CPU core. "
-            + _command("bestformer.cifar10_small", " --set teacher=TEACHER")),
+            + train_command("bestformer.cifar10_small", " --set teacher=TEACHER")),
     replace(_SMALL, name="bestformer.cifar10_small_float", spec=None, lr=0.03,
             claim="ours: the float-weight twin, not measured yet",
-            cost="as cifar10_small. " + _command("bestformer.cifar10_small_float", " --set teacher=TEACHER")),
+            cost="as cifar10_small. " + train_command("bestformer.cifar10_small_float", " --set teacher=TEACHER")),
 )}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bitspike.models.compact_spikeformer import compact_events
+from bitspike.papers import train_command
 from bitspike.recipe import Recipe
 
 __all__ = ["RECIPES"]
@@ -26,9 +27,8 @@ _OBJECTS = replace(
 
 
 def _twins(recipe: Recipe, cost: str) -> list[Recipe]:
-    command = f"bitspike train {recipe.name}%s --data DIR --out RUN"
     return [replace(recipe, name=recipe.name + suffix, bits=bits, scheme="uniform", claim="ours; see RESULTS.md",
-                    cost=f"{cost}. {command % suffix}")
+                    cost=f"{cost}. {train_command(recipe.name + suffix)}")
             for suffix, bits in (("_float", 32), ("", 4), ("_binary", 1))]
 
 

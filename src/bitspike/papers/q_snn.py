@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from bitspike.models import spiking_resnet
 from bitspike.objectives import SpikeCounts, temporal_loss
+from bitspike.papers import train_command
 from bitspike.recipe import Loss, Output, Recipe
 from bitspike.spec import QuantSpec, Scheme
 
@@ -87,10 +88,6 @@ def regulated(model: nn.Module, recipe: Recipe, loss: Loss) -> Loss:
 
 
 # ------------------------------------------------------------------------------------------------- recipes
-def _command(name: str, more: str = "") -> str:
-    return f"bitspike train {name} --data DIR --out RUN{more}"
-
-
 _UNKNOWN = "none that could be consulted"
 _RESNET19 = Recipe(
     "q_snn.cifar10_resnet19", spiking_resnet.cifar_resnet19, {"num_classes": 10, "time_steps": 2}, spec=spec("stem.conv"),
@@ -98,7 +95,7 @@ _RESNET19 = Recipe(
     cutout=16, workers=8, epochs=300, batch_size=64, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4,
     precision="bf16", regulation=5e-3, seed=3407, claim=_UNKNOWN + " (the abstract: up to about 96 % smaller at no loss)",
     cost="300 epochs of 2 x 2.3 G MACs an image forward: 2e17 MACs with the backward pass, a GPU. "
-         + _command("q_snn.cifar10_resnet19"),
+         + train_command("q_snn.cifar10_resnet19"),
     notes="Release: AutoAugment's CIFAR-10 policy, for which RandAugment stands here; plain momentum, ours is Nesterov's; no "
           "AMP. Membranes have 8 bits; write a spec with q_snn.spec for 4 or 2.")
 
@@ -107,7 +104,7 @@ _VGG = Recipe(
     objective=regulated, data="cifar10_dvs", frames=10, image_size=48, mean=(0.0, 0.0), std=(1 / 255,), flip="random",
     event_augment="roll=5", epochs=300, batch_size=64, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4,
     precision="bf16", regulation=5e-3, seed=3407, claim="79.10 % top-1 at 1.20 MB (quoted in T-BSO, ICML 2025)",
-    cost="a GPU. " + _command("q_snn.cifar10_dvs_vgg"),
+    cost="a GPU. " + train_command("q_snn.cifar10_dvs_vgg"),
     notes="The release's network has float weights; here they are binary with 8-bit ends, as the quoted size says.")
 
 # mean and std: whole pixel values and one width for all colours, so that the integer program reads the pixels as they are
@@ -124,21 +121,21 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
     _RESNET19,
     replace(_RESNET19, name="q_snn.cifar100_resnet19", model_options={"num_classes": 100, "time_steps": 2}, data="cifar100",
             mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762), claim=_UNKNOWN,
-            cost="as q_snn.cifar10_resnet19. " + _command("q_snn.cifar100_resnet19")),
+            cost="as q_snn.cifar10_resnet19. " + train_command("q_snn.cifar100_resnet19")),
     Recipe("q_snn.imagenet_resnet18", spiking_resnet.imagenet_resnet18, {"num_classes": 1000, "time_steps": 4},
            spec=spec("stem.conv"), objective=regulated, data="imagenet", image_size=224, mean=(0.485, 0.456, 0.406),
            std=(0.229, 0.224, 0.225), flip="random", crop="random_resized", workers=8, epochs=300, batch_size=64,
            optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4, precision="bf16", regulation=5e-3, seed=3407,
            claim=_UNKNOWN, cost="300 epochs of 4 x 1.8 G MACs an image forward: 8e18 MACs with the backward pass. "
-           + _command("q_snn.imagenet_resnet18"), notes="The network of the release; no schedule for it was released, it is "
-           "that of CIFAR."),
+           + train_command("q_snn.imagenet_resnet18"),
+           notes="The network of the release; no schedule for it was released, it is that of CIFAR."),
     _VGG,
     replace(_VGG, name="q_snn.dvs_gesture_vgg", model_options={"num_classes": 11, "time_steps": 16}, frames=16,
-            data="dvs_gesture", claim=_UNKNOWN, cost="a GPU. " + _command("q_snn.dvs_gesture_vgg"), flip="none",
+            data="dvs_gesture", claim=_UNKNOWN, cost="a GPU. " + train_command("q_snn.dvs_gesture_vgg"), flip="none",
             notes="As q_snn.cifar10_dvs_vgg; never mirrored, since left and right are different gestures."),
     replace(_SMALL, claim="ours: 69.1 % after one epoch, 179 kB (see RESULTS.md); the full schedule is not measured yet",
             cost="about 25 minutes on one CPU core. "
-            + _command("q_snn.cifar10_small")),
+            + train_command("q_snn.cifar10_small")),
     replace(_SMALL, name="q_snn.cifar10_small_float", spec=None, lr=0.03, claim="ours: the float twin, not measured yet",
-            cost="as cifar10_small. " + _command("q_snn.cifar10_small_float")),
+            cost="as cifar10_small. " + train_command("q_snn.cifar10_small_float")),
 )}

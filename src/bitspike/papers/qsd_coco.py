@@ -14,6 +14,7 @@ from pathlib import Path
 from bitspike.models import detection, meta_spikeformer
 from bitspike.models.detection import MaskRCNN, RetinaNet
 from bitspike.models.pyramid import published_neuron
+from bitspike.papers import NO_CLAIM, train_command
 from bitspike.papers.qsd_transformer import start_from, transfer
 from bitspike.recipe import Recipe
 from bitspike.spec import QuantSpec, Scheme
@@ -67,30 +68,24 @@ _OVERFIT = replace(
     epochs=150, weight_decay=0.01, warmup_epochs=5, train_on="train", validate_every=30,
     notes="Not a measure of quality: can the network learn 16 pictures by heart? Which ones: see data.coco.coco_overfit.")
 
-
-def _command(name: str, more: str = "") -> str:
-    return f"bitspike train {name} --data DIR --out RUN{more}"
-
-
 _START = " --set model_options.start=PATH"
-_NO_CLAIM = "none published that could be consulted"
 
 #: name -> recipe
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
     replace(_COCO, name="qsd_transformer.coco_mask_rcnn_15m",
             claim="44.0 % box mAP at 0.5 (second hand: the name of a checkpoint)",
-            cost="12 epochs of COCO, several GPUs. " + _command("qsd_transformer.coco_mask_rcnn_15m", _START)),
-    replace(_COCO, name="qsd_transformer.coco_mask_rcnn_31m", model_options={"size": "31m", "start": ""}, claim=_NO_CLAIM,
-            cost="12 epochs of COCO, several GPUs. " + _command("qsd_transformer.coco_mask_rcnn_31m", _START)),
-    replace(_COCO, name="qsd_transformer.coco_retinanet_15m", model=coco_retinanet, claim=_NO_CLAIM,
-            cost="12 epochs of COCO, several GPUs. " + _command("qsd_transformer.coco_retinanet_15m", _START)),
-    replace(_SMALL, claim="ours: not measured yet", cost="CPU. " + _command("qsd_transformer.coco_small")),
+            cost="12 epochs of COCO, several GPUs. " + train_command("qsd_transformer.coco_mask_rcnn_15m", _START)),
+    replace(_COCO, name="qsd_transformer.coco_mask_rcnn_31m", model_options={"size": "31m", "start": ""}, claim=NO_CLAIM,
+            cost="12 epochs of COCO, several GPUs. " + train_command("qsd_transformer.coco_mask_rcnn_31m", _START)),
+    replace(_COCO, name="qsd_transformer.coco_retinanet_15m", model=coco_retinanet, claim=NO_CLAIM,
+            cost="12 epochs of COCO, several GPUs. " + train_command("qsd_transformer.coco_retinanet_15m", _START)),
+    replace(_SMALL, claim="ours: not measured yet", cost="CPU. " + train_command("qsd_transformer.coco_small")),
     replace(_SMALL, name="qsd_transformer.coco_small_float", bits=32, claim="ours: the float-weight twin of coco_small",
-            cost="as coco_small. " + _command("qsd_transformer.coco_small_float")),
+            cost="as coco_small. " + train_command("qsd_transformer.coco_small_float")),
     replace(_SMALL, name="qsd_transformer.coco_small_retinanet", model=detection.small_retinanet,
-            claim="ours: boxes only, not measured yet", cost="CPU. " + _command("qsd_transformer.coco_small_retinanet")),
+            claim="ours: boxes only, not measured yet", cost="CPU. " + train_command("qsd_transformer.coco_small_retinanet")),
     replace(_OVERFIT, claim="ours: box mAP 96.6 %, mask mAP 88.5 % at 0.5 on what it was trained on; see RESULTS.md",
-            cost="6 minutes on one CPU core. " + _command("qsd_transformer.coco_overfit")),
+            cost="6 minutes on one CPU core. " + train_command("qsd_transformer.coco_overfit")),
     replace(_OVERFIT, name="qsd_transformer.coco_overfit_float", bits=32, claim="ours: the float-weight twin of coco_overfit",
-            cost="as coco_overfit. " + _command("qsd_transformer.coco_overfit_float")),
+            cost="as coco_overfit. " + train_command("qsd_transformer.coco_overfit_float")),
 )}

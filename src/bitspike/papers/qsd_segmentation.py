@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bitspike.models import meta_spikeformer, segmentation
 from bitspike.models.segmentation import SemanticFPN, dense_neuron
+from bitspike.papers import NO_CLAIM, train_command
 from bitspike.papers.qsd_transformer import start_from, transfer
 from bitspike.recipe import Recipe
 from bitspike.spec import QuantSpec, Scheme
@@ -58,22 +59,17 @@ _CAMVID = Recipe(
     notes="Network and schedule are ours, for one CPU core; from scratch. Backbone, neck and head have 4-bit weights, the "
           "strict topology and counts 0..4.")
 
-
-def _command(name: str, more: str = "") -> str:
-    return f"bitspike train {name} --data DIR --out RUN{more}"
-
-
 #: name -> recipe
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
-    replace(_ADE20K, name="qsd_transformer.ade20k_15m", claim="none published that could be consulted",
+    replace(_ADE20K, name="qsd_transformer.ade20k_15m", claim=NO_CLAIM,
             cost="160,000 steps of 16 crops of 512 x 512, a GPU. "
-                 + _command("qsd_transformer.ade20k_15m", " --set model_options.start=PATH")),
+                 + train_command("qsd_transformer.ade20k_15m", " --set model_options.start=PATH")),
     replace(_CAMVID, claim="ours: not measured yet",
-            cost="minutes on one CPU core. " + _command("qsd_transformer.camvid_small")),
+            cost="minutes on one CPU core. " + train_command("qsd_transformer.camvid_small")),
     replace(_CAMVID, name="qsd_transformer.camvid_small_float", bits=32, claim="ours: the float-weight twin of camvid_small",
-            cost="as camvid_small. " + _command("qsd_transformer.camvid_small_float")),
+            cost="as camvid_small. " + train_command("qsd_transformer.camvid_small_float")),
     replace(_CAMVID, name="qsd_transformer.camvid_overfit", train_on="train", pictures=16, flip="none", crop="whole",
             scales=(1.0,), colour_jitter=0.0, epochs=150, ema=0.98, validate_every=50, claim="ours: not measured yet",
-            cost="minutes on one CPU core. " + _command("qsd_transformer.camvid_overfit"),
+            cost="minutes on one CPU core. " + train_command("qsd_transformer.camvid_overfit"),
             notes="Not a measure of quality: can a 4-bit segmenter learn 16 frames by heart? bitspike eval RUN --split train."),
 )}

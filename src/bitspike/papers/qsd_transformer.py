@@ -44,6 +44,7 @@ from bitspike.models.meta_spikeformer import Attention, MetaSpikeFormer, publish
 from bitspike.models.published import PublishedWeightsError, read_weights
 from bitspike.neurons import IELIF, LIF
 from bitspike.objectives import autocast
+from bitspike.papers import NO_CLAIM, train_command
 from bitspike.recipe import Loss, Output, Recipe, RecipeError
 from bitspike.spec import QuantSpec, Scheme
 
@@ -297,65 +298,59 @@ _TRANSFER = Recipe(
     notes="128x128 as published; the schedule was not published and is ours. Needs --set model_options.start=PATH.")
 
 
-def _command(name: str, more: str = "") -> str:
-    return f"bitspike train {name} --data DIR --out RUN{more}"
-
-
 def _listed(*recipes: Recipe) -> dict[str, Recipe]:
     return {recipe.name: recipe for recipe in recipes}
 
-
-_NO_CLAIM = "none published that could be consulted"
 
 #: name -> recipe. Claims marked "second hand" were quoted from elsewhere, not read in the paper.
 RECIPES: dict[str, Recipe] = _listed(
     replace(_IMAGENET, name="qsd_transformer.imagenet_15m",
             claim="75.5 % top-1, 2.5 mJ, '1.8 M' (second hand; with distillation)",
             cost="300 epochs of 6.4 G MACs an image forward: 7.4e18 MACs. "
-                 + _command("qsd_transformer.imagenet_15m")),
+                 + train_command("qsd_transformer.imagenet_15m")),
     replace(_IMAGENET, name="qsd_transformer.imagenet_31m", model=meta_spikeformer.imagenet_31m,
             claim="77.5 % top-1, 5.7 mJ, '3.9 M' (second hand; with distillation)",
             cost="300 epochs of 13.9 G MACs an image forward: 1.6e19 MACs. "
-                 + _command("qsd_transformer.imagenet_31m")),
+                 + train_command("qsd_transformer.imagenet_31m")),
     replace(_IMAGENET, name="qsd_transformer.imagenet_55m", model=meta_spikeformer.imagenet_55m,
             claim="80.3 % top-1, 8.7 mJ, '6.8 M' (abstract; with distillation)",
             cost="300 epochs of 24.6 G MACs an image forward: 2.8e19 MACs. "
-                 + _command("qsd_transformer.imagenet_55m")),
+                 + train_command("qsd_transformer.imagenet_55m")),
     replace(_CIFAR, name="qsd_transformer.cifar10", claim="ours: 95 % or more is the goal, not measured yet",
             cost="200 epochs of 1.4 G MACs an image forward: 4.3e16 MACs, a GPU. "
-                 + _command("qsd_transformer.cifar10")),
+                 + train_command("qsd_transformer.cifar10")),
     replace(_CIFAR, name="qsd_transformer.cifar100", data="cifar100", model_options={"num_classes": 100},
             mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762), claim="ours: not measured yet",
             cost="200 epochs of 1.4 G MACs an image forward: 4.3e16 MACs, a GPU. "
-                 + _command("qsd_transformer.cifar100")),
+                 + train_command("qsd_transformer.cifar100")),
     Recipe("qsd_transformer.cifar10_teacher", cifar_base_ann, data="cifar10", flip="random", translate=4, cutout=8,
            cutmix=1.0, epochs=200, batch_size=256, optimizer="adamw", lr=2e-3, weight_decay=0.05, warmup_epochs=10,
            min_lr=1e-5, grad_clip=1.0, precision="bf16", ema=0.9995, label_smoothing=0.1, mixup_off_epoch=180,
            claim="none: a float network with real activations, the teacher of qsd_transformer.cifar10",
-           cost="as qsd_transformer.cifar10. " + _command("qsd_transformer.cifar10_teacher")),
+           cost="as qsd_transformer.cifar10. " + train_command("qsd_transformer.cifar10_teacher")),
     replace(_SMALL, claim="ours: 91.29 % in torch, 91.18 % on integers, 1.14 MB; see RESULTS.md",
-            cost="41 minutes on one CPU core. " + _command("qsd_transformer.cifar10_small")),
+            cost="41 minutes on one CPU core. " + train_command("qsd_transformer.cifar10_small")),
     replace(_SMALL, name="qsd_transformer.cifar10_small_float", bits=32,
             claim="ours: the float-weight twin of cifar10_small, not measured yet",
-            cost="as cifar10_small. " + _command("qsd_transformer.cifar10_small_float")),
+            cost="as cifar10_small. " + train_command("qsd_transformer.cifar10_small_float")),
     replace(_BINARY, claim="ours: 89.75 % in torch, 90.00 % on integers, 296 kB; see RESULTS.md",
-            cost="an hour on one CPU core. " + _command(
+            cost="an hour on one CPU core. " + train_command(
                 "qsd_transformer.cifar10_binary", " --set distill_logits=0.7 --set teacher=RUN_OF_CIFAR10_SMALL_FLOAT")),
     replace(_SMALL, name="qsd_transformer.cifar10_small_lif", model=compact_spikeformer.compact_lif,
             claim="ours: plain LIF over 4 time steps in place of IE-LIF, for comparison, not measured yet",
-            cost="four times cifar10_small. " + _command("qsd_transformer.cifar10_small_lif")),
-    replace(_TRANSFER, name="qsd_transformer.cifar10_transfer", claim=_NO_CLAIM,
+            cost="four times cifar10_small. " + train_command("qsd_transformer.cifar10_small_lif")),
+    replace(_TRANSFER, name="qsd_transformer.cifar10_transfer", claim=NO_CLAIM,
             cost="60 epochs of 2.1 G MACs an image forward: 1.9e16 MACs, a GPU. "
-                 + _command("qsd_transformer.cifar10_transfer", " --set model_options.start=PATH")),
+                 + train_command("qsd_transformer.cifar10_transfer", " --set model_options.start=PATH")),
     replace(_TRANSFER, name="qsd_transformer.cifar100_transfer", data="cifar100",
-            model_options={"num_classes": 100, "start": ""}, claim=_NO_CLAIM,
+            model_options={"num_classes": 100, "start": ""}, claim=NO_CLAIM,
             cost="60 epochs of 2.1 G MACs an image forward: 1.9e16 MACs, a GPU. "
-                 + _command("qsd_transformer.cifar100_transfer", " --set model_options.start=PATH")),
+                 + train_command("qsd_transformer.cifar100_transfer", " --set model_options.start=PATH")),
     Recipe("qsd_transformer.cifar10_dvs", meta_spikeformer.dvs_small, {"num_classes": 10, "time_steps": 16}, bits=4,
            objective=fine_grained_distillation, data="cifar10_dvs", image_size=128, frames=16, mean=(0.0, 0.0),
            std=(1 / 255,), flip="random", translate=5, translate_pad="zero",
            epochs=200, batch_size=32, optimizer="adamw", lr=1e-3, weight_decay=0.05,
            warmup_epochs=10, min_lr=1e-5, grad_clip=1.0, precision="bf16", ema=0.999, label_smoothing=0.1,
-           claim=_NO_CLAIM, cost="a GPU. " + _command("qsd_transformer.cifar10_dvs"),
+           claim=NO_CLAIM, cost="a GPU. " + train_command("qsd_transformer.cifar10_dvs"),
            notes="Schedule, size and number of frames are ours; frames hold equal numbers of events."),
 )

@@ -41,6 +41,7 @@ from dataclasses import replace
 
 from bitspike.models import spikformer
 from bitspike.models.compact_spikeformer import compact
+from bitspike.papers import NO_CLAIM, train_command
 from bitspike.recipe import Recipe
 from bitspike.spec import QuantSpec, Scheme
 
@@ -69,25 +70,20 @@ _DVS = Recipe(
     label_smoothing=0.1,
     notes="The float network; size and schedule are Spikformer's for these data, since the paper's were not published.")
 
-
-def _command(name: str, more: str = "") -> str:
-    return f"bitspike train {name} --data DIR{more} --out RUN"
-
-
 #: name -> recipe; those without a spec are the float networks that a search begins with
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
     replace(_DVS, claim="80.4 % at 3.14 to 3.67 bits, 10.2x less energy (abstract)",
-            cost="a GPU. " + _command("spike_hq.cifar10_dvs")),
+            cost="a GPU. " + train_command("spike_hq.cifar10_dvs")),
     replace(_DVS, name="spike_hq.dvs_gesture", model_options={"num_classes": 11, "time_steps": 16}, data="dvs_gesture",
             flip="none", epochs=200, claim="97.57 % at 3.14 to 3.67 bits, 8.72x less energy (abstract)",
-            cost="a GPU. " + _command("spike_hq.dvs_gesture"),
+            cost="a GPU. " + train_command("spike_hq.dvs_gesture"),
             notes=_DVS.notes + " Never mirrored: left and right are different gestures."),
     replace(_DVS, name="spike_hq.n_caltech101", model_options={"num_classes": 101, "time_steps": 16}, data="n_caltech101",
-            claim="85.3 %, 5.69x less energy (abstract)", cost="a GPU. " + _command("spike_hq.n_caltech101")),
+            claim="85.3 %, 5.69x less energy (abstract)", cost="a GPU. " + train_command("spike_hq.n_caltech101")),
     Recipe("spike_hq.cifar10", spikformer.cifar_4_256, data="cifar10", flip="random", translate=4, cutmix=1.0, epochs=300,
            batch_size=128, optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup_epochs=20, warmup_lr=1e-5, min_lr=1e-5,
-           precision="bf16", label_smoothing=0.1, claim="none published that could be consulted",
-           cost="300 epochs of 4 time steps, a GPU. " + _command("spike_hq.cifar10"),
+           precision="bf16", label_smoothing=0.1, claim=NO_CLAIM,
+           cost="300 epochs of 4 time steps, a GPU. " + train_command("spike_hq.cifar10"),
            notes="The float network: Spikformer 4-256 and its schedule."),
     Recipe("spike_hq.cifar10_small", compact, spec=SEARCHED, data="cifar10", train_on="train+val",
            mean=(125 / 255, 123 / 255, 114 / 255), std=(64 / 255,), flip="alternating", translate=2, cutout=8, epochs=2,
@@ -95,7 +91,7 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
            schedule="triangle", warmup_epochs=0.1, precision="bf16", label_smoothing=0.1,
            claim="ours: at most 1 point below the float network (91.97 %) at 3.2 bits, 8.7x smaller; see RESULTS.md",
            cost="minutes on one CPU core, from a trained qsd_transformer.cifar10_small_float. "
-                + _command("spike_hq.cifar10_small", " --start FLOAT --set teacher=FLOAT --set distill_logits=1"),
+                + train_command("spike_hq.cifar10_small", " --start FLOAT --set teacher=FLOAT --set distill_logits=1"),
            notes="Fine-tunes the searched spec. Without --start it would train from random weights, which two epochs are too "
                  "few for."),
 )}
