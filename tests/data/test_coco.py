@@ -1,11 +1,16 @@
 """COCO on files written here, and on the real thing where BITSPIKE_DATA has it; the pipeline against torchvision's own."""
 from __future__ import annotations
 
+import copy
+import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
@@ -16,7 +21,7 @@ from torch import nn  # noqa: E402
 from torchvision.transforms.v2 import functional as vision  # noqa: E402
 
 from bitspike.data import DataError, load  # noqa: E402
-from bitspike.data.coco import coco, coco_overfit, filled, read_objects  # noqa: E402
+from bitspike.data.coco import coco, coco_overfit, filled, read_objects, run_lengths  # noqa: E402
 from bitspike.recipe import Recipe  # noqa: E402
 from bitspike.tasks.detection import Detection  # noqa: E402
 
@@ -63,6 +68,29 @@ def test_targets(tmp_path):
     assert not target["masks"][-1, :5, 0].any()
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 70000), min_size=1, max_size=9), st.integers(1, 3))
+def test_compressed_runs(counts, height):
+    """The text that COCO's own code writes for a mask, read by ours."""
+    from faster_coco_eval.core import mask
+
+    counts = [*counts, -sum(counts) % height]
+    width = sum(counts) // height
+    if width:
+        plain = {"counts": counts, "size": [height, width]}
+        packed = mask.frPyObjects(plain, height, width)
+        text = packed["counts"].decode() if isinstance(packed["counts"], bytes) else packed["counts"]
+        assert run_lengths(text) == counts
+        whole = mask.decode(packed)
+        assert torch.equal(filled({**plain, "counts": text}, height, width), torch.from_numpy(whole))
+
+
+@pytest.mark.parametrize("text", ["\x7f\x7f", "P", "~", "o" * 9, "0O"])
+def test_compressed_runs_that_are_none(text):
+    with pytest.raises(ValueError, match="run length"):
+        run_lengths(text)
+
+
 def test_two_polygons_are_one_object():
     mask = filled(polygon(2, 2, 4, 4) + polygon(10, 10, 4, 4), 20, 20)
     assert mask.dtype == torch.uint8
@@ -89,7 +117,7 @@ BROKEN = {
     "no polygon": {"segmentation": []}, "unknown category": {"category_id": 5}, "unknown picture": {"image_id": 1},
     "mask of another size than the picture": {"segmentation": {"counts": [4], "size": [2, 2]}},
     "damaged mask": {"segmentation": {"counts": [4, 4], "size": [40, 56]}},
-    "missing or malformed field": {"bbox": None},
+    "missing or malformed field": {"bbox": None}, "area that cannot be": {"area": -1},
 }
 
 
@@ -149,6 +177,56 @@ def test_the_real_subset():
         target = few.train.target(i, *few.train.size(i))
         areas = target["masks"].sum((1, 2)).float()
         assert torch.allclose(areas, target["area"], rtol=0.05)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["counts", "size", "id"]), inner, max_size=2),
+    max_leaves=6)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    root = write(tmp_path_factory.mktemp("good"), pictures=4)
+    return root, json.loads((root / "coco" / "annotations" / "instances_val2017.json").read_text())
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=json_values, choice=st.data())
+def test_hostile_annotations(good, value, choice):
+    """Anything at any place: the file is read, or refused with a DataError."""
+    root, content = good
+    content = copy.deepcopy(content)
+    part = choice.draw(st.sampled_from(["images", "annotations", "categories", None]))
+    if part is None:
+        content[choice.draw(st.sampled_from(["images", "annotations", "categories"]))] = value
+    else:
+        entry = choice.draw(st.sampled_from(content[part]))
+        key = choice.draw(st.sampled_from(sorted(entry)))
+        if key == "segmentation" and isinstance(entry[key], list) and choice.draw(st.booleans()):
+            entry[key][0] = value
+        else:
+            entry[key] = value
+    (root / "coco" / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for skip in (False, True):
+            try:
+                data = coco(root, skip)
+                for i in range(len(data.test)):
+                    target = data.test.target(i, *data.test.size(i))
+                    assert torch.isfinite(target["boxes"]).all()
+            except DataError:
+                pass
+
+
+def test_names_stay_in_the_folder(tmp_path):
+    def change(part, content):
+        content["images"][0]["file_name"] = "../val2017/000107.png"
+
+    write(tmp_path, change=change)
+    with pytest.raises(DataError, match=r"name outside of the folder: 1 \(\.\./val2017/000107.png\)"):
+        coco(tmp_path)
 
 
 # ------------------------------------------------------------------------------------- against torchvision

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bitspike.data.errors import DataError
@@ -123,16 +124,52 @@ def read_objects(scene: Scene, height: int, width: int) -> Target:
 def filled(outline: Any, height: int, width: int) -> torch.Tensor:
     """Polygons [[x, y, x, y, ..], ..], or a run-length code {"counts", "size"}, as a mask: uint8 [height, width].
 
-    COCO's own rasterisation, by faster-coco-eval.
+    Polygons are filled as COCO does it, by faster-coco-eval.
 
     >>> filled({"counts": [1, 2, 3], "size": [2, 3]}, 2, 3).tolist()
     [[0, 1, 0], [1, 0, 0]]
     """
+    if isinstance(outline, Mapping):
+        counts = run_lengths(outline["counts"])
+        flat = np.repeat(np.arange(len(counts), dtype=np.uint8) % 2, counts)
+        return torch.from_numpy(flat.reshape(width, height)).T.contiguous()
     from faster_coco_eval.core import mask
 
-    runs = mask.frPyObjects(outline, height, width)
-    whole = mask.merge(runs) if isinstance(runs, list) else runs
-    return torch.from_numpy(mask.decode(whole).copy())
+    return torch.from_numpy(mask.decode(mask.merge(mask.frPyObjects(outline, height, width))).copy())
+
+
+def run_lengths(counts: Any) -> list[int]:
+    """Lengths of the runs of zeros, ones, zeros .., down the columns: a list as it is, or COCO's compressed text.
+
+    In the text each number is cut into 5 bits a character, the lowest first, and from the fourth on is a difference to the
+    number two places before. Errors: ValueError.
+
+    >>> run_lengths("03401")
+    [0, 3, 4, 3, 5]
+    """
+    if not isinstance(counts, str):
+        if not isinstance(counts, list) or not all(type(n) is int and n >= 0 for n in counts):
+            raise ValueError("run lengths that are no whole numbers of at least 0")
+        return counts
+    numbers: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            raise ValueError("a run length that is none")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        numbers.append(value + (numbers[-2] if len(numbers) > 2 else 0))
+        if numbers[-1] < 0:
+            raise ValueError("a run length below 0")
+        value = shift = 0
+    if shift:
+        raise ValueError("a run length that is cut off")
+    return numbers
 
 
 # -------------------------------------------------------------------------------------------------- the file
@@ -151,76 +188,104 @@ def _read(folder: Path, part: str, digest: Any, skip_broken: bool) -> tuple[dict
     try:
         text = path.read_bytes()
         content = json.loads(text)
-        names = {int(c["id"]): str(c["name"]) for c in sorted(content["categories"], key=lambda c: c["id"])}
-        pictures = {int(p["id"]): p for p in sorted(content["images"], key=lambda p: p["id"])}
+        names = {_whole(c["id"]): str(c["name"]) for c in content["categories"]}
+        sizes = {_whole(p["id"]): (_whole(p["height"]), _whole(p["width"]), str(p["file_name"])) for p in content["images"]}
+        licences = {p["id"]: p.get("license") for p in content["images"]}
         annotations = list(content["annotations"])
-        sizes = {i: (int(p["height"]), int(p["width"]), str(p["file_name"])) for i, p in pictures.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if len(names) < len(content["categories"]) or len(sizes) < len(content["images"]):
+            raise ValueError("two pictures or two categories with the same id")
+    except (OSError, AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as COCO annotations ({type(error).__name__}: {error}); expected a JSON object "
                         "with images, annotations and categories.") from error
+    names, sizes = dict(sorted(names.items())), dict(sorted(sizes.items()))
     broken: list[tuple[str, str]] = []  # (what, where)
     labels = {category: number for number, category in enumerate(names, 1)}
     objects: dict[int, list[Object]] = {i: [] for i in sizes}
-    for annotation in annotations:
+    for number, annotation in enumerate(annotations):
         trouble, found = _object(annotation, sizes, labels)
         if found is None:
-            name = sizes.get(annotation.get("image_id"), ("", "", "an unknown picture"))[2]
-            broken.append((trouble, f"annotation {annotation.get('id')} of {name}"))
+            broken.append((trouble, _place(annotation, number, sizes)))
         else:
             objects[annotation["image_id"]].append(found)
     paths, scenes = [], []
     digest.update(text)
     for i, (height, width, name) in sizes.items():
         file = folder / part / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            broken.append(("name outside of the folder", name))
+            continue
         if not file.is_file():
             broken.append(("missing file", name))
             continue
         digest.update(f"{part}/{name} {file.stat().st_size}\n".encode())
         paths.append(file)
-        scenes.append(Scene(i, height, width, tuple(objects[i]), int(pictures[i].get("license", 0))))
+        licence = licences[i]
+        scenes.append(Scene(i, height, width, tuple(objects[i]), licence if isinstance(licence, int) else 0))
     if broken:
         _tell(path, broken, skip_broken)
     return names, Scenes(tuple(paths), tuple(scenes), read_objects)
 
 
-def _object(annotation: Mapping[str, Any], sizes: Mapping[int, tuple[int, int, str]],
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no whole number of at least 0")
+    return value
+
+
+def _place(annotation: Any, number: int, sizes: Mapping[int, tuple[int, int, str]]) -> str:
+    """Which annotation, of which picture, as far as that can be said."""
+    said = annotation if isinstance(annotation, Mapping) else {}
+    picture = said.get("image_id")
+    name = sizes[picture][2] if isinstance(picture, int) and picture in sizes else "an unknown picture"
+    return f"annotation {said.get('id', f'number {number}')} of {name}"
+
+
+def _object(annotation: Any, sizes: Mapping[int, tuple[int, int, str]],
             labels: Mapping[int, int]) -> tuple[str, Object | None]:
     """(what is wrong, None) or ("", the object)."""
     try:
-        if annotation["image_id"] not in sizes:
+        if _whole(annotation["image_id"]) not in sizes:
             return "unknown picture", None
-        if annotation["category_id"] not in labels:
+        if _whole(annotation["category_id"]) not in labels:
             return "unknown category", None
         height, width, _ = sizes[annotation["image_id"]]
         x, y, w, h = (float(v) for v in annotation["bbox"])
         outline, crowd = annotation["segmentation"], bool(annotation.get("iscrowd", 0))
         if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
             return "empty box", None
-        if x < -_OUTSIDE or y < -_OUTSIDE or x + w > width + _OUTSIDE or y + h > height + _OUTSIDE:
+        if _outside((x, x + w), width) or _outside((y, y + h), height):
             return "box outside of the picture", None
+        if min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0):
+            return "empty box", None
+        area = float(annotation.get("area", w * h))
+        if not 0 <= area <= 2.0 * height * width:
+            return "area that cannot be", None
         trouble = _outline_trouble(outline, height, width)
         if trouble:
             return trouble, None
-        return "", Object(int(annotation["id"]), labels[annotation["category_id"]], (x, y, w, h), outline,
-                          float(annotation.get("area", w * h)), crowd)
-    except (KeyError, TypeError, ValueError):
+        return "", Object(_whole(annotation["id"]), labels[annotation["category_id"]], (x, y, w, h), outline, area, crowd)
+    except (KeyError, TypeError, ValueError, OverflowError):
         return "missing or malformed field", None
+
+
+def _outside(coordinates: Sequence[float], side: int) -> bool:
+    return min(coordinates) < -_OUTSIDE or max(coordinates) > side + _OUTSIDE
 
 
 def _outline_trouble(outline: Any, height: int, width: int) -> str:
     if isinstance(outline, Mapping):
         if list(outline["size"]) != [height, width]:
             return "mask of another size than the picture"
-        counts = outline["counts"]
-        good = isinstance(counts, str) or (all(isinstance(n, int) and n >= 0 for n in counts) and sum(counts) == height * width)
-        return "" if good else "damaged mask"
+        try:
+            return "" if sum(run_lengths(outline["counts"])) == height * width else "damaged mask"
+        except ValueError:
+            return "damaged mask"
     if not isinstance(outline, list) or not outline:
         return "no polygon"
     for polygon in outline:
-        if len(polygon) < 6 or len(polygon) % 2 or not all(map(math.isfinite, polygon)):
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(math.isfinite, polygon)):
             return "damaged polygon"
-        xs, ys = polygon[0::2], polygon[1::2]
-        if min(polygon) < -_OUTSIDE or max(xs) > width + _OUTSIDE or max(ys) > height + _OUTSIDE:
+        if _outside(polygon[0::2], width) or _outside(polygon[1::2], height):
             return "polygon outside of the picture"
     return ""
 
