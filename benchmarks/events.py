@@ -145,8 +145,7 @@ def hour(minutes: int = 60) -> dict[str, Any]:
     resident = []
     began = time.perf_counter()
     for index in range(60 * minutes):
-        for _ in stream.push(second):
-            pass
+        stream.push(second)
         second["t"] += 1_000_000
         if index % (6 * minutes) == 6 * minutes - 1:
             pages = int(Path("/proc/self/statm").read_text().split()[1])

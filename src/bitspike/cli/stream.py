@@ -210,9 +210,9 @@ class _Show:
 
     def __init__(self, net: Net, stream: Stream, path: Path, options: Options) -> None:
         self.net, self.stream, self.path, self.options = net, stream, path, options
-        self.console = Console(highlight=False, soft_wrap=True)
-        self.live = Live(console=self.console, refresh_per_second=12, transient=False) \
-            if sys.stdout.isatty() and not options.as_json else None
+        is_live = sys.stdout.isatty() and not options.as_json
+        self.console = Console(highlight=False, soft_wrap=not is_live)
+        self.live = Live(console=self.console, refresh_per_second=12, transient=False) if is_live else None
         self.last: Decision | None = None
         self.whole: Decision | None = None  # the last one that ended a round
         self.drawn, self.first = 0.0, 0
@@ -275,7 +275,7 @@ class _Show:
     def _summary(self) -> Text:
         totals = self.stream.totals
         decided = ""
-        if self.whole is not None and self.whole is not self.last:
+        if self.whole is not None and self.whole is not self.last and self.live is None:
             (guess,) = best(self.whole.logits, self.net.classes, 1)
             decided = printable(f"; after the last whole round, at {self._seconds(self.whole):.3f} s: {guess['class']} "
                                 f"{guess['probability']:.1%}")

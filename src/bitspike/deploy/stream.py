@@ -148,7 +148,11 @@ class Stream:
                             "(bitspike.data.events.read makes one)")
         if not (all(events.dtype[name].kind in "iu" for name in "txy") and events.dtype["p"].kind in "iub"):
             raise TypeError(f"events: found {events.dtype}; t (microseconds), x, y and p are whole numbers")
-        return list(self._push(events))
+        began, net = time.perf_counter(), self.totals.net_seconds
+        try:
+            return list(self._push(events))
+        finally:  # all that was not the network's
+            self.totals.frame_seconds += time.perf_counter() - began - (self.totals.net_seconds - net)
 
     def _push(self, events: np.ndarray) -> Iterator[Decision]:
         for first in range(0, len(events), _BLOCK):
@@ -244,7 +248,6 @@ class Stream:
     def _add(self, part: np.ndarray) -> None:
         if not len(part):
             return
-        began = time.perf_counter()
         at = self._row[part["y"]] + self._column[part["x"]]
         at += (part["p"] > 0) * (self._counts.size // 2)
         if len(part) > self._counts.size // 8:
@@ -253,7 +256,6 @@ class Stream:
             np.add.at(self._counts.reshape(-1), at, 1)
         self._held += len(part)
         self.totals.events += len(part)
-        self.totals.frame_seconds += time.perf_counter() - began
 
     def _decide(self) -> Decision:
         began = time.perf_counter()
