@@ -7,7 +7,7 @@
 All start from the same float weights and have the float network as their teacher; runs of one seed see the same images in the
 same order. Searched and uniform specs are tuned with several seeds, random ones are several specs; the table has mean, standard
 deviation, least and most. The search looks at training images only; accuracy is top-1 on the whole test set, once, at the end.
-Interrupted, it goes on. --only WORDS tunes only the runs whose name begins like that: two processes can share the work.
+Interrupted, it goes on. --only tunes only the runs whose names begin like that: two processes can share the work.
 Writes OUT/specs/*.json, OUT/runs/*, OUT/results.json, OUT/report.html.
 """
 from __future__ import annotations
@@ -162,7 +162,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--main-epochs", default="2")
     options.add_argument("--recipe", help="to fine-tune with; default: the float run's")
     options.add_argument("--set", action="append", default=[], help="of every fine-tuning, field=value")
-    options.add_argument("--only", default="", help="tune only runs whose name begins like that, and print no table")
+    options.add_argument("--only", nargs="+", default=[""], help="tune only runs whose names begin like that; no table")
     options.add_argument("--table", action="store_true")
     options.add_argument("--short", action="store_true", help="3 bits, one run a row, a hundredth of an epoch")
     asked = options.parse_args(words)
@@ -182,14 +182,14 @@ def main(words: Sequence[str] | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file() or QuantSpec.from_json(path.read_text()) != run.spec:
             write_text(path, run.spec.to_json() + "\n")
-        if not asked.table and run.name.startswith(asked.only):
+        if not asked.table and run.name.startswith(tuple(asked.only)):
             settings = {"spec": str(path), "start": str(asked.float_run), "teacher": str(asked.float_run),
                         "distill_logits": "1", "epochs": run.epochs or asked.epochs, "warmup_epochs": "0.05",
                         "batch_size": "250", "lr": f"{0.4 * recipe.lr:.2g}", "seed": str(run.seed), **given}
             if float(settings["epochs"]) < 0.1:
                 settings["warmup_epochs"] = "0"
             train(recipe, asked.data, asked.out / "runs" / run.slug, overrides=settings)
-    if asked.only:
+    if asked.only != [""]:
         return
     points = [{**point("float", "float", asked.float_run, asked.data, asked.out), "row": "float"}]
     for run in runs:
