@@ -10,9 +10,10 @@ import numpy as np
 from cyclopts import Parameter
 from rich.console import Console
 
-from bitspike.cli.desk import Data, JsonFile, Settings, _console, _overrides
 from bitspike.cli.device import ENDINGS
+from bitspike.cli.messages import console
 from bitspike.cli.networks import Pixels, class_names, kind_of, pictures_for, sample_pictures, split_pictures
+from bitspike.cli.options import Data, JsonFile, Settings, Words, read_settings
 from bitspike.cli.outputs import check_file
 from bitspike.deploy import Net, load, read_image
 from bitspike.deploy.runtime import ZOO
@@ -20,8 +21,6 @@ from bitspike.writing import write_json
 
 if TYPE_CHECKING:
     from bitspike.recipe import Recipe
-
-Words = Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=False)]
 
 
 class BenchError(ValueError):
@@ -71,17 +70,16 @@ def bench(model: str, /, *, peers: Annotated[bool, Parameter(negative=())] = Fal
         raise BenchError(f"--seconds {seconds:g}: more than 0 and at most 3600 are allowed.")
     if json_file is not None:
         check_file("--json", json_file)
-    console = _console()
     with tempfile.TemporaryDirectory(prefix="bitspike-bench-") as folder:
         artifact, plain, images, used = _subject(model, Path(folder), pictures, data, max(batch, 4), topology,
-                                                 _overrides(settings), peers)
+                                                 read_settings(settings), peers)
         net = load(artifact)
         images = _batch(net, images, batch)
-        with console.status("starting", spinner="dots") as status:
+        with console().status("starting", spinner="dots") as status:
             result = benchmark(net, artifact, images, used, threads=threads, peers=peers, seconds=seconds, plain=plain,
                                skip=skip, say=lambda text: status.update(text))
         told: dict[str, Any] = {**result.to_dict(), "model": model}
-        wide = Console(highlight=False, width=max(console.width, 160))
+        wide = Console(highlight=False, width=max(console().width, 160))
         for item in tables(result):
             wide.print(item, markup=False) if isinstance(item, str) else wide.print(item)
         if explain:

@@ -6,25 +6,25 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from bitspike.cli.files import evaluate_file, export_run
+from bitspike.cli.messages import console
+from bitspike.cli.models import model_input
 from bitspike.cli.networks import Pixels, pictures_for
 from bitspike.papers.demo import RECIPES
 from bitspike.profiling import Report, profile
 from bitspike.profiling.of_artifact import milliseconds
 from bitspike.profiling.report import energy
 from bitspike.recipe import Recipe
-from bitspike.training import load_run, normalise, train
+from bitspike.training import load_run, train
 
 _PROFILED = 100
 
 
 def demonstrate(out: Path, overrides: Mapping[str, str]) -> tuple[Table, str]:
     """Train both twins in `out`, export the 4-bit one, measure everything; returns the table and what to do next."""
-    console = Console(highlight=False, soft_wrap=True)
     table = Table(title="One network, float and 4-bit, on 1,000 real test pictures it has not seen", title_justify="left")
     table.add_column("network", no_wrap=True)
     for heading in ("accuracy", "bytes", "spikes per\nneuron", "energy,\nliterature", "energy,\nbit-aware", "ms per\nimage",
@@ -33,16 +33,16 @@ def demonstrate(out: Path, overrides: Mapping[str, str]) -> tuple[Table, str]:
 
     for name, recipe in RECIPES.items():
         run = out / name.partition(".")[2]
-        console.print(f"Training {name} into {run} (float weights)" if recipe.bits == 32 else
-                      f"Training {name} into {run} ({recipe.bits}-bit weights in every layer)", style="bold")
+        weights = "float weights" if recipe.bits == 32 else f"{recipe.bits}-bit weights"
+        console().print(f"Training {name} into {run} ({weights}{' in every layer' * (recipe.bits < 32)})", style="bold")
         result = train(recipe, None, run, overrides=overrides)
         model, recipe = load_run(run)
-        report = _profile(model, recipe, name)
-        label = "float weights, torch" if recipe.bits == 32 else f"{recipe.bits}-bit weights, torch"
-        _row(table, label, result["test_top1"], report.weight_bytes, report, _torch_ms(model, recipe), "")
+        images = model_input(_pictures(recipe), recipe)
+        report = profile(model, images, name=name, batch=50)
+        _row(table, f"{weights}, torch", result["test_top1"], report.weight_bytes, report, _torch_ms(model, images), "")
 
     file = out / "four_bit.bitspike"
-    console.print(f"Packing {run} into {file}", style="bold")
+    console().print(f"Packing {run} into {file}", style="bold")
     exported = export_run(run, file, None)
     result = evaluate_file(str(file), None, "test")
     pixels = _pictures(recipe)
@@ -60,16 +60,7 @@ def _pictures(recipe: Recipe) -> Pixels:
     return pictures_for(recipe, None, _PROFILED, "test")[0]
 
 
-def _tensors(recipe: Recipe) -> torch.Tensor:
-    return normalise(torch.from_numpy(_pictures(recipe)).permute(0, 3, 1, 2), recipe)
-
-
-def _profile(model: nn.Module, recipe: Recipe, name: str) -> Report:
-    return profile(model, _tensors(recipe), name=name, batch=50)
-
-
-def _torch_ms(model: nn.Module, recipe: Recipe) -> float:
-    images = _tensors(recipe)
+def _torch_ms(model: nn.Module, images: torch.Tensor) -> float:
     with torch.inference_mode():
         return milliseconds(lambda: model(images), len(images))
 

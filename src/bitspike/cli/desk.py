@@ -5,32 +5,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.table import Table
 
-from bitspike.cli.messages import warn
+from bitspike.cli.messages import console, print_wide, warn
+from bitspike.cli.options import Data, JsonFile, Settings, read_settings
 from bitspike.cli.outputs import check_file, check_folder
 from bitspike.writing import write_json
-
-Data = Annotated[Path | None, Parameter(name="--data", env_var="BITSPIKE_DATA")]
-Settings = Annotated[tuple[str, ...], Parameter(name="--set", negative=(), consume_multiple=False)]
-JsonFile = Annotated[Path | None, Parameter(name="--json")]
-
-
-def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
-
-
-def _overrides(settings: tuple[str, ...]) -> dict[str, str]:
-    from bitspike.recipe import RecipeError
-
-    values: dict[str, str] = {}
-    for setting in settings:
-        field, equals, value = setting.partition("=")
-        if not equals or not field:
-            raise RecipeError(f"--set {setting}: expected field=value, for example --set epochs=2.")
-        values[field.strip()] = value.strip()
-    return values
 
 
 # -------------------------------------------------------------------------------------------------- train
@@ -57,7 +37,7 @@ def train(recipe: str, /, *, out: Path, data: Data = None, spec: Path | None = N
     from bitspike.training import train as train_recipe
 
     check_folder("--out", out)
-    values = _overrides(settings)
+    values = read_settings(settings)
     values |= {name: str(path) for name, path in (("spec", spec), ("start", start)) if path is not None}
     train_recipe(find_recipe(recipe), data, out, overrides=values)
     return 0
@@ -109,7 +89,7 @@ def evaluate(target: str, /, *, data: Data = None, json_file: JsonFile = None, s
     measured = (task_of(recipe).says(result) if kind == "run" and recipe.task != "classification"
                 else f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
     spent = f", {result['ms_per_image']:.3f} ms per image" if "ms_per_image" in result else ""
-    _console().print(f"{target}: {measured} of {result['n']} images "
+    console().print(f"{target}: {measured} of {result['n']} images "
                      f"({result['data']} {split}, {result['runtime']}{spent})", markup=False)
     if split == "val" and result["train_on"] == "train+val":
         warn(f"{target} was trained on train+val: it has seen these very pictures, so this is no estimate of its accuracy. "
@@ -156,8 +136,8 @@ def export(target: str, /, *, output: Annotated[Path, Parameter(name=["--output"
             raise RecipeError("--set changes a recipe; a trained run is exported as it is.")
         report = export_run(target, output, data, min_agreement)
     else:
-        report = export_recipe(find_recipe(target).override(_overrides(settings)), output, data)
-    _console().print(str(report), markup=False)
+        report = export_recipe(find_recipe(target).override(read_settings(settings)), output, data)
+    console().print(str(report), markup=False)
     return 0
 
 
@@ -197,10 +177,9 @@ def profile(target: str, /, *, data: Data = None, json_file: JsonFile = None, im
         from bitspike.cli.models import profile_recipe, profile_run
 
         report, used = (profile_run(target, data, images) if kind == "run"
-                        else profile_recipe(target, _overrides(settings), data, images))
-    console = _console()
-    Console(highlight=False, width=max(console.width, report.WIDTH)).print(report)
-    console.print(f"Pictures: {used}.", style="dim", markup=False)
+                        else profile_recipe(target, read_settings(settings), data, images))
+    print_wide(report, report.WIDTH)
+    console().print(f"Pictures: {used}.", style="dim", markup=False)
     if json_file is not None:
         write_json(json_file, {**report.to_dict(), "pictures": used})
     return 0
@@ -220,8 +199,8 @@ def layers(recipe: str, /, *, settings: Settings = ()) -> int:
     from bitspike.cli.models import layer_tables
     from bitspike.papers import find_recipe
 
-    for table in layer_tables(find_recipe(recipe).override(_overrides(settings))):
-        _wide(table)
+    for table in layer_tables(find_recipe(recipe).override(read_settings(settings))):
+        print_wide(table)
     return 0
 
 
@@ -237,13 +216,8 @@ def recipes() -> int:
         table.add_column(heading, overflow="fold")
     for name, recipe in all_recipes().items():
         table.add_row(name, recipe.data, bits_of(recipe), recipe.claim, recipe.cost)
-    _wide(table)
+    print_wide(table)
     return 0
-
-
-def _wide(table: Table) -> None:
-    """Print at least 120 columns: a table whose names are cut is of no use in a pipe."""
-    Console(highlight=False, width=max(_console().width, 120)).print(table)
 
 
 # --------------------------------------------------------------------------------------------------- demo
@@ -260,7 +234,7 @@ def demo(*, out: Path = Path("runs/demo"), settings: Settings = ()) -> int:
     from bitspike.cli.demonstration import demonstrate
 
     check_folder("--out", out)
-    table, next_steps = demonstrate(out, _overrides(settings))
-    _wide(table)
-    _console().print(next_steps, markup=False)
+    table, next_steps = demonstrate(out, read_settings(settings))
+    print_wide(table)
+    console().print(next_steps, markup=False)
     return 0

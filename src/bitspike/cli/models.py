@@ -27,7 +27,8 @@ def bits_of(recipe: Recipe) -> str:
     return ", ".join(map(str, widths)) or "float"
 
 
-def _images(pixels: Pixels, recipe: Recipe) -> torch.Tensor:
+def model_input(pixels: Pixels, recipe: Recipe) -> torch.Tensor:
+    """uint8 [N, H, W, C] or [T, N, H, W, C] -> what the recipe's model takes, float [N, C, H, W] or [T, N, C, H, W]."""
     if pixels.ndim == 5:
         return as_input(normalise(torch.from_numpy(pixels).permute(1, 0, 4, 2, 3), recipe))
     return normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2), recipe)
@@ -45,7 +46,7 @@ def profile_run(run: str, data_dir: Path | None, count: int) -> tuple[Report, st
     """Profile a trained run on test pictures of its own data."""
     model, recipe = load_run(run)
     pixels, data = pictures_for(recipe, data_dir, count, "test")
-    return profile(model, _images(pixels, recipe), name=f"{recipe.name} in {run}"), _used(pixels, recipe, data is not None)
+    return profile(model, model_input(pixels, recipe), name=f"{recipe.name} in {run}"), _used(pixels, recipe, data is not None)
 
 
 def profile_recipe(name: str, overrides: Mapping[str, str], data_dir: Path | None, count: int) -> tuple[Report, str]:
@@ -55,7 +56,7 @@ def profile_recipe(name: str, overrides: Mapping[str, str], data_dir: Path | Non
     large = recipe.image_size > 64
     pixels, data = pictures_for(recipe, data_dir, min(count, 8) if large else count, "test")
     calibrate_norms(model, pixels, recipe.mean, recipe.std)
-    report = profile(model, _images(pixels, recipe), name=f"{recipe.name}, random weights", batch=2 if large else 8)
+    report = profile(model, model_input(pixels, recipe), name=f"{recipe.name}, random weights", batch=2 if large else 8)
     return report, _used(pixels, recipe, data is not None)
 
 

@@ -2,12 +2,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
-
-from bitspike.cli.desk import Data, Settings, _console, _overrides, _wide
-from bitspike.cli.messages import warn
+from bitspike.cli.messages import console, print_wide, warn
+from bitspike.cli.options import Data, Settings, Words, read_settings
 from bitspike.cli.outputs import check_folder
 
 if TYPE_CHECKING:
@@ -16,11 +14,9 @@ if TYPE_CHECKING:
     from bitspike.recipe import Recipe
     from bitspike.searching import SearchData, SearchReport
 
-Texts = Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=False)]
 
-
-def search(target: str, /, *, budget: Texts, out: Path, data: Data = None, method: str = "sensitivity", measure: str = "loss",
-           candidates: str = "", layer: Texts = (), images: int = 2000, trials: int = 100, steps: int = 200,
+def search(target: str, /, *, budget: Words, out: Path, data: Data = None, method: str = "sensitivity", measure: str = "loss",
+           candidates: str = "", layer: Words = (), images: int = 2000, trials: int = 100, steps: int = 200,
            storage: str | None = None, technology: str = "45nm", cheap: str = "bytes", seed: int = 0,
            settings: Settings = ()) -> int:
     """Choose a scheme and a width for every layer, within a budget; the same command goes on after a kill.
@@ -123,11 +119,9 @@ class Teller:
         """Print it, unless the last line is too fresh."""
         import time
 
-        from rich.console import Console
-
         if time.monotonic() - self.last >= self.every or done == total:
             self.last = time.monotonic()
-            Console(stderr=True, highlight=False, soft_wrap=True).print(f"{done}/{total}  {text}", markup=False)
+            console(stderr=True).print(f"{done}/{total}  {text}", markup=False)
 
 
 def _network(target: str, settings: tuple[str, ...], data: Path | None) -> tuple[nn.Module, Recipe, str]:
@@ -149,7 +143,7 @@ def _network(target: str, settings: tuple[str, ...], data: Path | None) -> tuple
         model, recipe = load_run(target)
         _check_task(target, recipe)
         return model, recipe, recipe.name
-    recipe = find_recipe(target).override(_overrides(settings))
+    recipe = find_recipe(target).override(read_settings(settings))
     _check_task(target, recipe)
     warn(f"{target} is a recipe, its weights are random: bytes and bits are exact, but damage and energy are not those of "
          "a trained network. Search a RUN.")
@@ -262,7 +256,6 @@ def _write_pictures(report: SearchReport, out: Path, lines: list[str]) -> None:
 def _tell_result(report: SearchReport, out: Path, lines: list[str]) -> None:
     from rich.table import Table
 
-    console = _console()
     table = Table(title=f"{report.method} within {report.budget}", title_justify="left")
     table.add_column("spec", no_wrap=True)
     for heading in ("bits", "file bytes", "smaller", "energy uJ", "less", "top-1 % before tuning"):
@@ -272,7 +265,7 @@ def _tell_result(report: SearchReport, out: Path, lines: list[str]) -> None:
         t = point.totals
         table.add_row(point.name, f"{t.bits:.2f}", f"{t.bytes:,}", f"{full.totals.bytes / t.bytes:.1f}x",
                       f"{t.energy_pj / 1e6:.2f}", f"{full.totals.energy_pj / t.energy_pj:.1f}x", f"{point.top1:.2f}")
-    _wide(table)
+    print_wide(table)
     chosen = ", ".join(f"{name} {scheme.kind} {scheme.bits}" for name, scheme in report.searched.choice.items())
-    console.print(f"Chosen: {chosen}.", markup=False)
-    console.print(f"In {out}: spec.json, report.json, report.html. Next:\n  " + "\n  ".join(lines), markup=False)
+    console().print(f"Chosen: {chosen}.", markup=False)
+    console().print(f"In {out}: spec.json, report.json, report.html. Next:\n  " + "\n  ".join(lines), markup=False)
