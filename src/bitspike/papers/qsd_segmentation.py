@@ -69,7 +69,8 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
     replace(_CAMVID, name="qsd_transformer.camvid_small_float", bits=32, claim="ours: the float-weight twin of camvid_small",
             cost="as camvid_small. " + train_command("qsd_transformer.camvid_small_float")),
     replace(_CAMVID, name="qsd_transformer.camvid_overfit", train_on="train", pictures=16, flip="none", crop="whole",
-            scales=(1.0,), colour_jitter=0.0, epochs=150, ema=0.98, validate_every=50, claim="ours: not measured yet",
-            cost="minutes on one CPU core. " + train_command("qsd_transformer.camvid_overfit"),
+            scales=(1.0,), colour_jitter=0.0, epochs=150, ema=0.98, validate_every=50,
+            claim="ours: 94.3 % of the pixels of these 16 frames; see RESULTS.md",
+            cost="ten minutes on one CPU core. " + train_command("qsd_transformer.camvid_overfit"),
             notes="Not a measure of quality: can a 4-bit segmenter learn 16 frames by heart? bitspike eval RUN --split train."),
 )}
