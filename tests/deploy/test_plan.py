@@ -50,7 +50,7 @@ def test_plan_equals_trace(seed: int):
 def overlapping(layout: plan.Layout) -> list[tuple[str, str]]:
     """Pairs of values that share bytes while both are needed."""
     born: dict[str, int] = {}
-    last: dict[str, int] = {layout.output: len(layout.stages)}
+    last: dict[str, int] = dict.fromkeys(layout.outputs, len(layout.stages))
     for index, stage in enumerate(layout.stages):
         for op in stage.ops:
             born[op.output] = index
@@ -86,7 +86,7 @@ def test_an_overlap_would_be_seen():
     layout = plan.lay_out(net_of(3, length=30).program)
     arena = [name for name, place in layout.places.items() if place.where == "arena"]
     broken = {name: plan.Place("arena", 0) if name in arena else place for name, place in layout.places.items()}
-    assert overlapping(plan.Layout(layout.stages, layout.values, broken, layout.output, layout.arena_bytes)) != []
+    assert overlapping(plan.Layout(layout.stages, layout.values, broken, layout.outputs, layout.arena_bytes)) != []
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -100,7 +100,7 @@ def test_every_needed_value_is_made_once(seed: int):
         for op in stage.ops:
             assert set(op.inputs) <= made, "reads what is not there yet"
             made.add(op.output)
-    assert layout.output in made
+    assert set(layout.outputs) <= set(made)
     for stage in layout.stages:
         if not stage.compiled:
             continue
@@ -132,14 +132,14 @@ def test_dead_ops_are_left_out():
     net = net_of(5, length=40)
     layout = plan.lay_out(net.program)
     readers = {name for stage in layout.stages for op in stage.ops for name in op.inputs}
-    assert all(op.output in readers or op.output == layout.output for stage in layout.stages for op in stage.ops)
+    assert all(op.output in readers or op.output in layout.outputs for stage in layout.stages for op in stage.ops)
 
 
 def test_codes_are_pooled_instead_of_potentials():
     swapped = 0
     for seed in range(100):
         net = net_of(seed, length=30)
-        ops, values = plan.pool_codes(net.program.ops, net.program.values, net.program.output)
+        ops, values = plan.pool_codes(net.program.ops, net.program.values, net.program.outputs)
         swapped += sum(values[op.inputs[0]].kind != "i32" for op in ops if op.name == "maxpool") > sum(
             net.program.values[op.inputs[0]].kind != "i32" for op in net.program.ops if op.name == "maxpool"
         )
@@ -208,7 +208,7 @@ def test_every_variant_gives_the_same_numbers(seed: int):
         images = random_images(net.header, 2, seed)
         wanted = by_trace(net, images)
         net(images, threads=1)
-        inside = net._compiled[name].plan
+        inside = net.executor._compiled[name].plan
         for index, layer in enumerate(inside.layers()):
             for variant in layer["able"]:
                 inside.force(index, variant)
@@ -253,7 +253,7 @@ def test_ops_without_a_kernel_are_left_to_their_definition(missing: str, monkeyp
         net = net_of(seed, length=20)
         images = random_images(net.header, 3, seed)
         np.testing.assert_array_equal(net(images, threads=2), by_trace(net, images))
-        left += not net._compiled[kernels.active()].whole
+        left += not net.executor._compiled[kernels.active()].whole
         assert len(net.explain(images, repeats=1)) == len(plan.lay_out(net.program).stages)
     assert left > 0
 

@@ -101,14 +101,14 @@ def test_what_a_picture_gives_is_computed_once_and_a_new_picture_is_noticed():
     net = packed_net(4, frames=1)
     images = random_images(net.header, 2)
     count = 0
-    real = net._steps()[0]
+    real = net.executor.bound_ops()[0]
 
     def counted(inputs, threads):
         nonlocal count
         count += 1
         return real(inputs, threads)
 
-    net._bound[kernels.active()][0] = counted
+    net.executor._bound[kernels.active()][0] = counted
     steps = Steps(net)
     for _ in range(net.time_steps):
         logits = steps.push(images[:1])

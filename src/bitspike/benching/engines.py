@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitspike.benching.lower import PeerError
-from bitspike.deploy import Net, load
+from bitspike.deploy import Net, load_classifier
 
 Pixels = NDArray[np.uint8]
 
@@ -44,7 +44,7 @@ class Engine:
 
 # ---------------------------------------------------------------------------------------------------------- ours
 def _open_ours(path: Path, threads: int) -> Opened:
-    net = load(path)
+    net = load_classifier(path)
     return Opened(lambda pixels: pixels, lambda pixels: net(pixels, threads))
 
 
@@ -95,7 +95,7 @@ def _load_module(path: Path) -> Any:
         return torch.load(path, weights_only=False).eval()
     from bitspike.benching.to_torch import PeerModule
 
-    return PeerModule(load(path)).eval()
+    return PeerModule(load_classifier(path)).eval()
 
 
 def _open_torch(path: Path, threads: int) -> Opened:

@@ -15,7 +15,7 @@ from bitspike.cli.messages import console
 from bitspike.cli.networks import Pixels, class_names, kind_of, pictures_for, sample_pictures, split_pictures
 from bitspike.cli.options import Data, JsonFile, Settings, Words, read_settings
 from bitspike.cli.outputs import check_file
-from bitspike.deploy import Net, load, read_image
+from bitspike.deploy import Net, load_classifier, read_image
 from bitspike.deploy.runtime import ZOO
 from bitspike.writing import write_json
 
@@ -73,7 +73,7 @@ def bench(model: str, /, *, peers: Annotated[bool, Parameter(negative=())] = Fal
     with tempfile.TemporaryDirectory(prefix="bitspike-bench-") as folder:
         artifact, plain, images, used = _subject(model, Path(folder), pictures, data, max(batch, 4), topology,
                                                  read_settings(settings), peers)
-        net = load(artifact)
+        net = load_classifier(artifact)
         images = _batch(net, images, batch)
         with console().status("starting", spinner="dots") as status:
             result = benchmark(net, artifact, images, used, threads=threads, peers=peers, seconds=seconds, plain=plain,
@@ -125,7 +125,7 @@ def _subject(model: str, folder: Path, files: list[Path] | None, data: Path | No
         if overrides or topology:
             raise BenchError(f"--set and --topology change a recipe; {model} is a finished network.")
         path = Path(model) if Path(model).is_file() else ZOO / f"{model}.bitspike"
-        net = load(model)
+        net = load_classifier(model)
         return path, None, *_file_pictures(net, files, data, count)
     if topology is not None:
         overrides["model_options.topology"] = topology

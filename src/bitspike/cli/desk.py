@@ -87,6 +87,7 @@ def evaluate(target: str, /, *, data: Data = None, json_file: JsonFile = None, s
 
         result = evaluate_file(target, data, split, threads)
     measured = (task_of(recipe).says(result) if kind == "run" and recipe.task != "classification"
+                else result.pop("says") if "says" in result
                 else f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
     spent = f", {result['ms_per_image']:.3f} ms per image" if "ms_per_image" in result else ""
     console().print(f"{target}: {measured} of {result['n']} images "

@@ -31,22 +31,16 @@ def pictures(given: list[Path]) -> Iterator[tuple[Path, str | None]]:
             yield picture, None
 
 
-def _best(logits: np.ndarray, classes: list[str], top: int) -> list[dict[str, Any]]:
-    shifted = np.exp(logits - logits.max(), dtype=np.float64)
-    share = shifted / shifted.sum()
-    order = np.argsort(-logits, kind="stable")[:top]
-    return [{"class": classes[i], "index": int(i), "probability": round(float(share[i]), 6), "logit": float(logits[i])}
-            for i in order]
-
-
 def run(file: str, inputs: list[Path], /, *, as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
         top: Annotated[int, Parameter(name=["--top", "-k"])] = 5, threads: int | None = None,
         stream: Annotated[bool, Parameter(negative=())] = False, window_us: int | None = None,
         window_events: int | None = None, never_reset: Annotated[bool, Parameter(negative=())] = False, speed: float = 0.0,
-        save: Path | None = None, prefix: Annotated[bool, Parameter(negative=())] = False) -> int:
+        save: Path | None = None, prefix: Annotated[bool, Parameter(negative=())] = False,
+        score: float | None = None) -> int:
     """Classify pictures, or recordings of an event camera, with a .bitspike file, on the integer runtime (no torch).
 
-    What cannot be read is reported on stderr and makes the exit code 2; the others are still classified.
+    With a detector, say where which objects are; with a segmenter, which classes the pixels have; --save draws it over the
+    picture. What cannot be read is reported on stderr and makes the exit code 2; the others are still answered.
 
     Parameters
     ----------
@@ -57,7 +51,7 @@ def run(file: str, inputs: list[Path], /, *, as_json: Annotated[bool, Parameter(
     as_json
         Print JSON instead of text.
     top
-        How many classes to show.
+        How many classes, or detections of a picture, to show.
     threads
         Threads of the runtime; all cores if not given.
     stream
@@ -71,17 +65,29 @@ def run(file: str, inputs: list[Path], /, *, as_json: Annotated[bool, Parameter(
     speed
         With --stream: 1 plays in real time, 2 twice as fast, 0 as fast as it can.
     save
-        With --stream: also write the events and the decisions over time as .gif or .html.
+        With --stream: also write the events and the decisions over time as .gif or .html. With a detector or segmenter: the
+        drawing of a picture, or a folder for those of several.
     prefix
         Of a damaged recording, take what is whole before the damage, with a warning.
+    score
+        With a detector: what is less sure is left out (default 0.5).
     """
     from bitspike.cli import stream as streaming
+    from bitspike.cli.scenes import Showing, show
     from bitspike.data.events import EventError
-    from bitspike.deploy import ImageError, load, read_image
+    from bitspike.deploy import Detector, ImageError, Net, load, read_image
 
     if top < 1:
         raise ImageError(f"--top {top}: at least 1 class must be shown.")
     net = load(file)
+    if score is not None and (not 0 <= score <= 1 or not isinstance(net, Detector)):
+        raise ImageError(f"--score {score}: a number of 0..1, for a detector.")
+    if not isinstance(net, Net):
+        if stream or prefix or window_us or window_events or never_reset or speed:
+            raise ImageError(f"{file}: this network was made for {net.task} of pictures; --stream and what goes with "
+                             "it are for networks of event frames.")
+        how = Showing(top, 0.5 if score is None else score, as_json, threads, save)
+        return show(net, list(pictures(inputs)), how)
     if stream:
         return streaming.play(net, inputs, streaming.Options(top, as_json, threads, window_us, window_events, never_reset,
                                                              speed, save, prefix))
@@ -94,7 +100,7 @@ def run(file: str, inputs: list[Path], /, *, as_json: Annotated[bool, Parameter(
         if waiting:
             logits = net(np.stack([pixels for _, pixels in waiting], int(frames)), threads)
             for (entry, _), row in zip(waiting, logits, strict=True):
-                entry["top"] = _best(row, net.classes, top)
+                entry["top"] = streaming.best(row, net.classes, top)
             waiting.clear()
 
     frames = net.input_steps > 1

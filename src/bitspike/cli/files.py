@@ -16,7 +16,7 @@ from bitspike.cli.networks import (
     sample_pictures,
     split_pictures,
 )
-from bitspike.deploy import ArtifactError, Net, load
+from bitspike.deploy import ArtifactError, Detector, Net, Segmenter, load
 from bitspike.deploy.fields import printable
 from bitspike.profiling import Report, profile
 
@@ -63,6 +63,11 @@ def export_run(run: str | Path, output: Path, data_dir: Path | None, min_agreeme
     from bitspike.data import load as load_data
 
     model, recipe = load_run(run)
+    if recipe.task != "classification":
+        from bitspike.cli import scene_files
+
+        return scene_files.export_run(model, recipe, output, data_dir, min_agreement, _provenance(
+            recipe, commit=read_config(Path(run)).get("commit", "unknown")))
     data = load_data(recipe.data, data_dir, recipe.event_frames())
     channels = len(recipe.mean)
     calibration = split_pictures(data, "train", _CALIBRATION, recipe.image_size, channels)
@@ -78,6 +83,10 @@ def export_recipe(recipe: Recipe, output: Path, data_dir: Path | None) -> Export
     from bitspike.exporting import calibrate_norms
 
     model = build(recipe)
+    if recipe.task != "classification":
+        from bitspike.cli import scene_files
+
+        return scene_files.export_recipe(model, recipe, output, data_dir, _provenance(recipe, weights="random"))
     count = 32  # pictures have many pixels: enough for the statistics of norms
     pixels, data = pictures_for(recipe, data_dir, count, "train")
     calibrate_norms(model, pixels, recipe.mean, recipe.std)
@@ -88,7 +97,7 @@ def export_recipe(recipe: Recipe, output: Path, data_dir: Path | None) -> Export
 
 
 # --------------------------------------------------------------------------------------------------- eval
-def _dataset_name(net: Net, target: str) -> str:
+def _dataset_name(net: Net | Segmenter | Detector, target: str) -> str:
     name = net.header.get("provenance", {}).get("data")
     if not isinstance(name, str):
         raise ArtifactError(f"{target}: its provenance names no data set, so it cannot be evaluated; 'bitspike run' takes "
@@ -110,6 +119,10 @@ def evaluate_file(target: str, data_dir: Path | None, split: str, threads: int |
     """top1 and top5 in percent, n and ms_per_image of an artifact on its own data. Errors: ArtifactError, DataError."""
     net = load(target)
     name = _dataset_name(net, target)
+    if not isinstance(net, Net):
+        from bitspike.cli import scene_files
+
+        return scene_files.evaluate_file(net, target, name, data_dir, split, threads)
     from bitspike.data import DataError
     from bitspike.data import load as load_data
     from bitspike.data.loader import evaluation_batches
@@ -145,6 +158,10 @@ def profile_file(target: str, data_dir: Path | None, count: int, threads: int | 
     Without a data folder it needs no torch.
     """
     net = load(target)
+    if not isinstance(net, Net):
+        from bitspike.cli import scene_files
+
+        return scene_files.profile_file(net, target, data_dir, count, threads)
     height, width, channels = net.input_shape
     name = net.header.get("provenance", {}).get("data")
     remedy = "give --data"

@@ -24,6 +24,16 @@ from bitspike.deploy.errors import ArtifactError
 from bitspike.deploy.fields import Fields, shown
 from bitspike.deploy.packing import pack_codes, unpack_codes
 from bitspike.deploy.program import MAX_SIDE, MAX_STEPS, Program, Value, check_program
+from bitspike.deploy.tasks import (
+    TASKS,
+    Detection,
+    Letterbox,
+    check_letterbox,
+    check_maps,
+    check_parts,
+    check_segmentation,
+    read_detection,
+)
 
 __all__ = ["Artifact", "ArtifactError", "pack_codes", "read", "unpack_codes", "write"]
 
@@ -40,11 +50,38 @@ _DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Artifact:
-    """A checked artifact: the header as in the file, its tensors (read-only), and the program with tensors resolved."""
+    """A checked artifact: the header as in the file, its tensors (read-only), and the program with tensors resolved.
+
+    task: "classification", "segmentation" or "detection". detection: how a detector's maps become boxes, with its other
+    programs. letterbox: how a picture of any size meets the program, if it does.
+    """
 
     header: Mapping[str, Any]
     tensors: Mapping[str, NDArray[Any]]
     program: Program
+    detection: Detection | None = None
+    letterbox: Letterbox | None = None
+
+    @property
+    def task(self) -> str:
+        """What the network is asked."""
+        return str(self.header.get("task", "classification"))
+
+    def at(self, height: int, width: int) -> Program:
+        """The same program for pictures of another size, checked again.
+
+        Errors: ArtifactError: it does not fit that size, or is too large there.
+        """
+        source = self.header["input"]
+        if (height, width) == (source["height"], source["width"]):
+            return self.program
+        if max(height, width) > MAX_SIDE:
+            raise ArtifactError(f"an input of {height} x {width}; at most {MAX_SIDE} a side are allowed")
+        pixels = Value("u8", source.get("steps", 1), height, width, source["channels"], 0, 255)
+        program = check_program(self.header["program"], self.program.outputs, pixels, self.header["time_steps"],
+                                self.header["fraction_bits"], self.tensors, self.program.codes)
+        _check_task(self.header, program, self.detection, height, width)
+        return program
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,7 +164,24 @@ def _tensors(table: Mapping[str, Any], body: memoryview) -> dict[str, NDArray[An
     return {name: _array(body[start:end], dtype, shape) for name, (start, end, dtype, shape) in places.items()}
 
 
-def _check_header(header: dict[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Program:
+def _check_task(header: Mapping[str, Any], program: Program, detection: Detection | None, height: int, width: int) -> int:
+    """What the program writes is what the task needs; returns the channels of a detector's maps."""
+    classes = len(header["classes"])
+    if detection is not None:
+        return check_maps(detection, program, height, width, classes)
+    if header.get("task") == "segmentation":
+        check_segmentation(program, header["stride"], height, width, classes)
+        return 0
+    y = program.values[program.output]
+    if (y.kind, y.steps, y.height, y.width, y.channels) != ("i32", 1, 1, 1, classes):
+        raise ArtifactError(
+            f"header 'output' {shown(program.output)} is {y.kind} {[y.steps, 'B', y.height, y.width, y.channels]}; "
+            f"logits of {classes} classes are i32 [1, 'B', 1, 1, {classes}]"
+        )
+    return 0
+
+
+def _check_header(header: dict[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Artifact:
     fields = Fields(header, "header", tensors)
     fields.text("name")
     fields.get("crc32")
@@ -139,25 +193,38 @@ def _check_header(header: dict[str, Any], tensors: Mapping[str, NDArray[Any]]) -
     if source.get("resize") is not None:
         source.integer("resize", max(height, width), MAX_SIDE)
     frames = source.integer("steps", 1, MAX_STEPS) if source.has("steps") else 1
+    task = fields.choice("task", TASKS) if fields.has("task") else "classification"
+    letterbox = None
+    if task != "classification":
+        letterbox = check_letterbox(source.get("letterbox"), "header 'input.letterbox'", channels)
+        if source.get("resize") is not None:
+            raise source.fail("resize", "null where there is a letterbox")
+        if frames > 1 or height % letterbox.multiple or width % letterbox.multiple:
+            raise source.fail("letterbox", "for pictures, not sequences, and its 'multiple' must divide height and width")
     source.done()
     classes = fields.texts("classes", 1, MAX_CLASSES)
     steps = fields.integer("time_steps", 1, MAX_STEPS)
     if frames not in (1, steps):
         raise source.fail("steps", f"1 (a picture) or 'time_steps', which is {steps}")
     fraction_bits = fields.integer("fraction_bits", 0, 30)
-    output = fields.text("output")
+    detection = read_detection(fields.get("detection")) if task == "detection" else None
+    outputs = [fields.text("output")] if detection is None else detection.outputs
+    if task == "segmentation":
+        fields.integer("stride", 1, MAX_SIDE)
     listing = fields.get("program")
     fields.get("format_version")
     fields.done()
     pixels = Value("u8", frames, height, width, channels, 0, 255)
-    program = check_program(listing, output, pixels, steps, fraction_bits, tensors)
-    y = program.values[output]
-    if (y.kind, y.steps, y.height, y.width, y.channels) != ("i32", 1, 1, 1, len(classes)):
-        raise ArtifactError(
-            f"header 'output' {shown(output)} is {y.kind} {[y.steps, 'B', y.height, y.width, y.channels]}; "
-            f"logits of {len(classes)} classes are i32 [1, 'B', 1, 1, {len(classes)}]"
-        )
-    return program
+    program = check_program(listing, outputs, pixels, steps, fraction_bits, tensors)
+    found = _check_task(header, program, detection, height, width)
+    used = set(program.tensors)
+    if detection is not None:
+        detection = check_parts(header["detection"], detection, found, len(classes), tensors, program)
+        used = used.union(*(part.program.tensors for part in detection.parts))
+    idle = sorted(set(tensors) - used)
+    if idle:
+        raise ArtifactError(f"tensor {shown(idle[0])} is used by no op; every tensor of a file must be")
+    return Artifact(header, tensors, program, detection, letterbox)
 
 
 def parse(data: bytes | mmap.mmap) -> Artifact:
@@ -193,8 +260,7 @@ def parse(data: bytes | mmap.mmap) -> Artifact:
     body = memoryview(data)[8 + length :]
     if type(header.get("crc32")) is not int or header["crc32"] != zlib.crc32(body):
         raise ArtifactError("the checksum of the tensors is wrong: the file is damaged; fetch or export it again")
-    tensors = _tensors(table, body)
-    return Artifact(header, tensors, _check_header(header, tensors))
+    return _check_header(header, _tensors(table, body))
 
 
 def read(path: str | os.PathLike[str]) -> Artifact:

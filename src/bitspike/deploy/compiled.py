@@ -78,7 +78,7 @@ class Compiled:
                 self._parts[-1] = (self._parts[-1][0], number + 1)
             else:
                 self._parts.append((number, number + 1))
-        self.plan.done(self._ids[layout.output], float(self._scale), layout.arena_bytes)
+        self.plan.done(self._ids[layout.outputs[0]], float(self._scale), layout.arena_bytes)
 
     @property
     def whole(self) -> bool:
@@ -148,6 +148,18 @@ class Compiled:
             q, k, v = (self._ids[name] for name in op.inputs)
             self.plan.attention(q, k, v, a["heads"], a["m"], a["s"], y)
 
+    def outputs(self, images: NDArray[np.uint8], threads: int) -> list[Array]:
+        """Every output `[S, B, H, W, C]` for pixels `[S, B, H, W, C]`."""
+        values, count = [self.layout.values[name] for name in self.layout.outputs], images.shape[1]
+        found: list[Array] = [np.empty((v.steps, count, v.height, v.width, v.channels), _DTYPES[v.kind]) for v in values]
+        chunk = max(1, CHUNK_BYTES // max(1, self.layout.arena_bytes))
+        for first in range(0, count, chunk):
+            some = np.ascontiguousarray(images[:, first : first + chunk])
+            value = self._run_parts(some, threads, _NO_TIMES, {})
+            for name, whole in zip(self.layout.outputs, found, strict=True):
+                whole[:, first : first + chunk] = value(name)
+        return found
+
     def run(self, images: NDArray[np.uint8], logits: NDArray[np.float32], threads: int) -> None:
         """Fill logits `[B, classes]` for pixels `[S, B, H, W, C]`."""
         if self.whole:
@@ -156,12 +168,14 @@ class Compiled:
         chunk = max(1, CHUNK_BYTES // max(1, self.layout.arena_bytes))
         for first in range(0, images.shape[1], chunk):
             some = np.ascontiguousarray(images[:, first : first + chunk])
-            self._run_parts(some, logits[first : first + chunk], threads, _NO_TIMES, {})
+            value = self._run_parts(some, threads, _NO_TIMES, {})
+            potential = value(self.layout.outputs[0])[0, :, 0, 0, :]
+            logits[first : first + chunk] = potential.astype(np.float32) * self._scale
 
     def _run_parts(
-        self, images: NDArray[np.uint8], logits: NDArray[np.float32], threads: int, seconds: NDArray[np.float64],
-        elsewhere: dict[int | str, float],
-    ) -> None:
+        self, images: NDArray[np.uint8], threads: int, seconds: NDArray[np.float64], elsewhere: dict[int | str, float],
+    ) -> Callable[[str], Array]:
+        """Run everything; what it returns gives the arrays of values that are still there at the end."""
         count = images.shape[1]
         arena = np.empty(self.layout.arena_bytes * count, np.uint8)
 
@@ -180,18 +194,19 @@ class Compiled:
                 elsewhere[what.output] = elsewhere.get(what.output, 0.0) + time.perf_counter() - start
             else:
                 self.plan.run_part(images, arena, what, then, threads, seconds)
-        logits[:] = value(self.layout.output)[0, :, 0, 0, :].astype(np.float32) * self._scale
+        return value
 
     def explain(self, images: NDArray[np.uint8], threads: int, repeats: int) -> list[LayerTime]:
         """Every stage with its time, the shortest of `repeats` passes over pixels `[S, B, H, W, C]`."""
-        logits = np.empty((images.shape[1], self.layout.values[self.layout.output].channels), np.float32)
+        output = self.layout.values[self.layout.outputs[0]]
+        logits = np.empty((images.shape[1], output.channels), np.float32)
         best: dict[int | str, float] = {}
         for _ in range(repeats):
             seconds, elsewhere = np.zeros(len(self._numbers)), dict[int | str, float]()
-            if self.whole:
+            if self.whole and output.height == output.width == 1:
                 self.plan.run(images, logits, threads, seconds)
             else:
-                self._run_parts(images, logits, threads, seconds, elsewhere)
+                self._run_parts(images, threads, seconds, elsewhere)
             found: dict[int | str, float] = {**dict(enumerate(seconds.tolist())), **elsewhere}
             for key, spent in found.items():
                 best[key] = min(best.get(key, spent), spent)

@@ -78,6 +78,20 @@ class Fields:
             raise self.fail(key, f"an integer {low}..{high}")
         return value
 
+    def number(self, key: str, low: float, high: float) -> float:
+        """A number low..high, whole or not; JSON has no infinities."""
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise self.fail(key, f"a number {low}..{high}")
+        return float(value)
+
+    def numbers(self, key: str, count: int, low: float, high: float) -> tuple[float, ...]:
+        """A list of `count` numbers low..high."""
+        value = self.get(key)
+        if not isinstance(value, list) or len(value) != count:
+            raise self.fail(key, f"a list of {count} numbers {low}..{high}")
+        return tuple(Fields({key: one}, self.where).number(key, low, high) for one in value)
+
     def text(self, key: str, longest: int = 1000) -> str:
         """A text."""
         value = self.get(key)

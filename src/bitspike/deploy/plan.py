@@ -89,7 +89,7 @@ class Layout:
     stages: tuple[Stage, ...]
     values: Mapping[str, Value]
     places: Mapping[str, Place]
-    output: str
+    outputs: tuple[str, ...]
     arena_bytes: int
 
 
@@ -101,9 +101,9 @@ def _consumers(ops: Sequence[Op]) -> dict[str, list[int]]:
     return found
 
 
-def needed(ops: Sequence[Op], output: str) -> list[Op]:
-    """The ops that the output depends on."""
-    wanted, kept = {output}, []
+def needed(ops: Sequence[Op], outputs: Sequence[str]) -> list[Op]:
+    """The ops that the outputs depend on."""
+    wanted, kept = set(outputs), []
     for op in reversed(ops):
         if op.output in wanted:
             wanted.update(op.inputs)
@@ -111,7 +111,7 @@ def needed(ops: Sequence[Op], output: str) -> list[Op]:
     return kept[::-1]
 
 
-def pool_codes(ops: Sequence[Op], values: Mapping[str, Value], output: str) -> tuple[list[Op], dict[str, Value]]:
+def pool_codes(ops: Sequence[Op], values: Mapping[str, Value], outputs: Sequence[str]) -> tuple[list[Op], dict[str, Value]]:
     """Quantize before pooling where only the codes of a pooled potential are needed.
 
     A quantizer with m >= 0 never falls, so the code of the largest potential is the largest code: exact, and a quarter of
@@ -121,7 +121,7 @@ def pool_codes(ops: Sequence[Op], values: Mapping[str, Value], output: str) -> t
     readers = _consumers(ops)
     for index, pool in enumerate(ops):
         after = readers.get(pool.output, [])
-        if pool.name != "maxpool" or values[pool.output].kind != "i32" or len(after) != 1 or pool.output == output:
+        if pool.name != "maxpool" or values[pool.output].kind != "i32" or len(after) != 1 or pool.output in outputs:
             continue
         code = ops[after[0]]
         if code.name != "quantize" or np.min(code.attributes["m"]) < 0:
@@ -193,10 +193,10 @@ def _round(n: int) -> int:
     return (n + ALIGN - 1) // ALIGN * ALIGN
 
 
-def arrange(stages: Sequence[Stage], values: Mapping[str, Value], output: str) -> tuple[dict[str, Place], int]:
+def arrange(stages: Sequence[Stage], values: Mapping[str, Value], outputs: Sequence[str]) -> tuple[dict[str, Place], int]:
     """A place for every value: scratch for what one stage makes and alone reads, else the arena. Returns its size too."""
-    last = {output: len(stages)}
-    outside = {output}
+    last = dict.fromkeys(outputs, len(stages))
+    outside = set(outputs)
     for index, stage in enumerate(stages):
         inside: set[str] = set()
         for op in stage.ops:
@@ -225,10 +225,10 @@ def arrange(stages: Sequence[Stage], values: Mapping[str, Value], output: str) -
 
 def lay_out(program: Program) -> Layout:
     """Stages and places of a checked program."""
-    ops, values = pool_codes(needed(program.ops, program.output), program.values, program.output)
+    ops, values = pool_codes(needed(program.ops, program.outputs), program.values, program.outputs)
     stages = fuse(ops, values)
-    places, size = arrange(stages, values, program.output)
-    return Layout(tuple(stages), values, places, program.output, size)
+    places, size = arrange(stages, values, program.outputs)
+    return Layout(tuple(stages), values, places, program.outputs, size)
 
 
 # ------------------------------------------------------------------------------------------------- epilogues

@@ -3,13 +3,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitspike.deploy.errors import ImageError
+from bitspike.deploy.program import MAX_SIDE
+from bitspike.deploy.tasks import Letterbox
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,14 +76,28 @@ def read_image(source: str | os.PathLike[str] | Image, input: Mapping[str, Any])
     >>> read_image(Image.new("RGB", (9, 7), (1, 2, 3)), {"height": 2, "width": 2, "channels": 3, "resize": 4})[0, 0].tolist()
     [1, 2, 3]
     """
-    from PIL import Image as pillow
-    from PIL import ImageOps
-
-    name = "the picture" if isinstance(source, pillow.Image) else os.fspath(source)
+    name = "the picture" if not isinstance(source, (str, os.PathLike)) else os.fspath(source)
     height, width, channels = input["height"], input["width"], input["channels"]
     if channels not in (1, 3) or input.get("steps", 1) != 1:
         raise ImageError(f"{name}: this network reads {input.get('steps', 1)} frames of {channels} channels, no picture. Give "
                          "it event frames, uint8 [T, B, H, W, C]")
+
+    def fitted(image: Image) -> Image:
+        from PIL import Image as pillow
+
+        if input["resize"] is not None:
+            return _fit(image, name, input["resize"], height, width)
+        return image if image.size == (width, height) else image.resize((width, height), pillow.Resampling.BICUBIC)
+
+    return _pixels(source, name, channels, fitted)
+
+
+def _pixels(source: str | os.PathLike[str] | Image, name: str, channels: int,
+            fitted: Callable[[Image], Image]) -> NDArray[np.uint8]:
+    """The picture upright, opaque, of 8 bits and 3 or 1 channels, then `fitted`; uint8 `[H, W, C]`. Errors: ImageError."""
+    from PIL import Image as pillow
+    from PIL import ImageOps
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
@@ -88,10 +105,7 @@ def read_image(source: str | os.PathLike[str] | Image, input: Mapping[str, Any])
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are allowed")
         image = _opaque(_eight_bits(ImageOps.exif_transpose(image), name)).convert("RGB" if channels == 3 else "L")
-        if input["resize"] is not None:
-            image = _fit(image, name, input["resize"], height, width)
-        elif image.size != (width, height):
-            image = image.resize((width, height), pillow.Resampling.BICUBIC)
+        pixels = np.asarray(fitted(image), np.uint8)
     except ImageError:
         raise
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
@@ -99,5 +113,66 @@ def read_image(source: str | os.PathLike[str] | Image, input: Mapping[str, Any])
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
         reason = f"{type(error).__name__}: {error}"
         raise ImageError(f"{name}: cannot be read as a picture ({reason}). Give a PNG or JPEG file") from None
-    pixels = np.asarray(image, np.uint8)
     return pixels if channels == 3 else pixels[:, :, None]
+
+
+def open_picture(source: str | os.PathLike[str] | Image, channels: int = 3) -> NDArray[np.uint8]:
+    """A whole picture as uint8 `[H, W, C]`: upright, opaque, 8 bits, as `read_image`. Errors: ImageError."""
+    name = "the picture" if not isinstance(source, (str, os.PathLike)) else os.fspath(source)
+    return _pixels(source, name, channels, lambda image: image)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture as a program of any size reads it.
+
+    pixels: uint8 `[H, W, C]`, padded; size: height and width of the part that is the picture; original: of the picture itself.
+    """
+
+    pixels: NDArray[np.uint8]
+    size: tuple[int, int]
+    original: tuple[int, int]
+
+
+def letterbox(picture: NDArray[np.uint8], how: Letterbox) -> Scene:
+    """Scale a picture `[H, W, C]` as evaluation in training does (Pillow's bilinear filter), and pad it.
+
+    Errors: ImageError: it has no pixels, or too many after scaling.
+
+    >>> scene = letterbox(np.zeros((30, 40, 3), np.uint8), Letterbox(short=15, long=0, multiple=8, border=(1, 2, 3)))
+    >>> scene.size, scene.pixels.shape, scene.pixels[-1, 0].tolist()
+    ((15, 20), (16, 24, 3), [1, 2, 3])
+    """
+    original = height, width = picture.shape[:2]
+    if not height or not width:
+        raise ImageError(f"a picture of {height} x {width} pixels has none")
+    factor = how.short / min(original)
+    if how.long:
+        factor = min(factor, how.long / max(original))
+    size = max(1, round(height * factor)), max(1, round(width * factor))
+    if size[0] * size[1] > MAX_PIXELS or max(size) > MAX_SIDE:
+        raise ImageError(f"a picture of {height} x {width} pixels is too narrow for a shorter side of {how.short}")
+    canvas = tuple(-(-n // how.multiple) * how.multiple for n in size)
+    return _placed(picture, size, (canvas[0], canvas[1]), how.border)
+
+
+def on_canvas(picture: NDArray[np.uint8], height: int, width: int, border: Sequence[int]) -> Scene:
+    """A picture `[H, W, C]` as large as fits into height x width pixels, at the top left of them."""
+    factor = min(height / picture.shape[0], width / picture.shape[1])
+    size = (min(height, max(1, round(picture.shape[0] * factor))), min(width, max(1, round(picture.shape[1] * factor))))
+    return _placed(picture, size, (height, width), border)
+
+
+def _placed(picture: NDArray[np.uint8], size: tuple[int, int], canvas: tuple[int, int], border: Sequence[int]) -> Scene:
+    from PIL import Image as pillow
+
+    original = (picture.shape[0], picture.shape[1])
+    if size != original:
+        grey = picture.shape[2] == 1
+        image = pillow.fromarray(picture[:, :, 0] if grey else picture)
+        picture = np.asarray(image.resize(size[::-1], pillow.Resampling.BILINEAR))
+        picture = picture[:, :, None] if grey else picture
+    pixels = np.empty((*canvas, picture.shape[2]), np.uint8)
+    pixels[:] = np.array(border, np.uint8)
+    pixels[: size[0], : size[1]] = picture
+    return Scene(pixels, size, original)

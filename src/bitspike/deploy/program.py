@@ -5,7 +5,7 @@ lies in, and from these the proof that no sum leaves int32. What it returns can 
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,13 +68,23 @@ class Op:
 
 @dataclass(frozen=True)
 class Program:
-    """Checked ops in execution order, the values they make, and the bytes that live at the worst moment, per image."""
+    """Checked ops in execution order, the values they make, and the bytes that live at the worst moment, per image.
+
+    outputs: ids of what it computes. tensors: names of those it uses. codes: of its weights, see `_Context.unpacked`.
+    """
 
     ops: tuple[Op, ...]
     values: Mapping[str, Value]
-    output: str
+    outputs: tuple[str, ...]
     last_use: Mapping[str, int]
     live_bytes: int
+    tensors: frozenset[str]
+    codes: dict[tuple[str, str, int, int], NDArray[np.int8]] = field(repr=False)
+
+    @property
+    def output(self) -> str:
+        """The first output, which most programs have alone."""
+        return self.outputs[0]
 
 
 @dataclass
@@ -434,26 +444,33 @@ def _live_bytes(ops: list[Op], values: Mapping[str, Value], last_use: Mapping[st
 
 
 def check_program(
-    listing: Any, output: str, pixels: Value, time_steps: int, fraction_bits: int, tensors: Mapping[str, NDArray[Any]]
+    listing: Any, outputs: Sequence[str], pixels: Value, time_steps: int, fraction_bits: int,
+    tensors: Mapping[str, NDArray[Any]], codes: dict[tuple[str, str, int, int], NDArray[np.int8]] | None = None,
+    where: str = "program",
 ) -> Program:
     """Check a program and resolve its tensors.
+
+    Args:
+        listing: as in the header. outputs: ids it must write. pixels: what it reads. codes: `Program.codes` of a program of
+            the same file, whose weights need not be unpacked again. where: for messages.
 
     Raises:
         ArtifactError: naming the op and the attribute.
     """
     if not isinstance(listing, list) or not 1 <= len(listing) <= MAX_OPS:
-        raise ArtifactError(f"'program' is {shown(listing)}; it must be a list of 1..{MAX_OPS} ops")
-    context = _Context(tensors, time_steps, fraction_bits)
+        raise ArtifactError(f"'{where}' is {shown(listing)}; it must be a list of 1..{MAX_OPS} ops")
+    context = _Context(tensors, time_steps, fraction_bits, unpacked={} if codes is None else codes)
+    title = where
     values: dict[str, Value] = {"pixels": pixels}
     last_use: dict[str, int] = {"pixels": -1}
     ops: list[Op] = []
     used: set[str] = set()
     macs = 0
     for index, found in enumerate(listing):
-        fields = Fields(found, f"program[{index}]", tensors)
+        fields = Fields(found, f"{title}[{index}]", tensors)
         name = fields.choice("op", tuple(OPS))
         count, check = OPS[name]
-        where = f"program[{index}] ({name})"
+        where = f"{title}[{index}] ({name})"
         fields = Fields(found, where, tensors)
         fields.get("op")
         inputs = fields.texts("in", count, count)
@@ -477,13 +494,11 @@ def check_program(
         last_use.update(dict.fromkeys(inputs, index))
         last_use[target] = index
         ops.append(Op(name, layer, tuple(inputs), target, attributes, op_macs))
-    idle = sorted(set(tensors) - used)
-    if idle:
-        raise ArtifactError(f"tensor {shown(idle[0])} is used by no op; every tensor of a file must be")
-    if output not in values:
-        raise ArtifactError(f"'output' is {shown(output)}, which no op writes")
-    last_use[output] = len(ops)
+    for output in outputs:
+        if output not in values:
+            raise ArtifactError(f"'output' is {shown(output)}, which no op writes")
+        last_use[output] = len(ops)
     live = _live_bytes(ops, values, last_use)
     if live > MAX_LIVE_BYTES:
-        raise ArtifactError(f"'program' needs {live} bytes per image at once; at most {MAX_LIVE_BYTES} are allowed")
-    return Program(tuple(ops), values, output, last_use, live)
+        raise ArtifactError(f"'{title}' needs {live} bytes per image at once; at most {MAX_LIVE_BYTES} are allowed")
+    return Program(tuple(ops), values, tuple(outputs), last_use, live, frozenset(used), context.unpacked)

@@ -1,39 +1,23 @@
 """Executes an artifact's program: uint8 pictures in, float32 logits out, integers in between."""
 from __future__ import annotations
 
-import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitspike.deploy import artifact, kernels, ops
-from bitspike.deploy.compiled import Compiled, LayerTime
-from bitspike.deploy.errors import ArtifactError, KernelError
+from bitspike.deploy import artifact
+from bitspike.deploy.compiled import LayerTime
+from bitspike.deploy.dense import Detector, Segmenter
+from bitspike.deploy.errors import ArtifactError
+from bitspike.deploy.executor import Executor, thread_count
 from bitspike.deploy.ops import Array
-from bitspike.deploy.program import Op, Program
+from bitspike.deploy.program import Program
 
 ZOO = Path(__file__).parent / "zoo"
-CHUNK_BYTES = 4 << 20  # values alive at once where numpy computes, per thread
-
-#: one op bound to its kernels: (inputs, threads) -> output
-_Step = Callable[[list[Array], int], Array]
-
-
-def _bind(op: Op, signed: bool, kernel_set: kernels.KernelSet) -> _Step:
-    a: dict[str, Any] = dict(op.attributes)
-    if op.name == "conv":
-        conv = kernel_set.prepare_conv(**a, signed=signed)
-        return lambda inputs, threads: conv(inputs[0], threads)
-    function = getattr(kernel_set, op.name, None)
-    if function is None or "amount" in a:  # this set has no kernel for it: the definition is always there
-        definition = getattr(ops, op.name)
-        return lambda inputs, threads: definition(*inputs, **a)
-    return lambda inputs, threads: function(*inputs, **a, threads=threads)
-
 
 class Net:
     """A network ready to run. Safe to call from several threads.
@@ -61,10 +45,12 @@ class Net:
     ([[9.0, 0.5, 1.0]], 'red', (2, 2, 3))
     """
 
+    task = "classification"
+
     def __init__(self, source: artifact.Artifact) -> None:
         self._artifact = source
-        self._bound: dict[str, list[_Step]] = {}
-        self._compiled: dict[str, Compiled] = {}
+        #: runs the program, without the checks of a call
+        self.executor = Executor(source.program, source.header["fraction_bits"])
 
     @property
     def header(self) -> Mapping[str, Any]:
@@ -108,24 +94,7 @@ class Net:
             TypeError: the pictures are not a uint8 array, or `threads` is not an integer.
             ValueError: they have another shape, or `threads` is less than 1.
         """
-        images, count = self._check(images, threads)
-        logits = np.empty((images.shape[1], len(self.header["classes"])), np.float32)
-        extension = kernels.extension(kernels.active())
-        if extension is not None:
-            self._compile(extension).run(images, logits, count)
-            return logits
-        program = self.program
-        chunk = max(1, CHUNK_BYTES * count // program.live_bytes)
-        steps = self._steps()
-        for first in range(0, images.shape[1], chunk):
-            values: dict[str, Array] = {"pixels": np.ascontiguousarray(images[:, first : first + chunk])}
-            for index, (op, step) in enumerate(zip(program.ops, steps, strict=True)):
-                values[op.output] = step([values[name] for name in op.inputs], count)
-                for name in {*op.inputs, op.output}:
-                    if program.last_use[name] <= index:
-                        del values[name]
-            logits[first : first + chunk] = self._logits(values[program.output])
-        return logits
+        return self.executor.logits(*self.checked(images, threads))
 
     def explain(self, images: NDArray[np.uint8], threads: int | None = 1, repeats: int = 5) -> list[LayerTime]:
         """Where the time goes: every stage (a convolution, and what is fused to it) with its variant, density and time.
@@ -136,12 +105,7 @@ class Net:
             TypeError, ValueError: as for a call.
             KernelError: on numpy, which has no stages.
         """
-        images, count = self._check(images, threads)
-        extension = kernels.extension(kernels.active())
-        if extension is None:
-            raise KernelError(f"explain: the kernels in use are 'numpy', which run op by op; choose one of "
-                              f"{', '.join(kernels.available()[1:]) or 'the compiled ones (none is installed)'}")
-        return self._compile(extension).explain(images, count, max(1, repeats))
+        return self.executor.explain(*self.checked(images, threads), repeats)
 
     def trace(self, images: NDArray[np.uint8], threads: int | None = None) -> dict[str, Array]:
         """Every value of the program by its id, `[S, B, H, W, C]`; nothing is freed, so keep the batch small.
@@ -149,17 +113,10 @@ class Net:
         Raises:
             TypeError, ValueError: as for a call.
         """
-        images, count = self._check(images, threads)
-        values: dict[str, Array] = {"pixels": images}
-        for op, step in zip(self.program.ops, self._steps(), strict=True):
-            values[op.output] = step([values[name] for name in op.inputs], count)
-        return values
+        return self.executor.trace(*self.checked(images, threads))
 
-    def _logits(self, potential: Array) -> NDArray[np.float32]:
-        scale = np.float32(2.0 ** -self.header["fraction_bits"])  # a power of two: the product is exact
-        return potential[0, :, 0, 0, :].astype(np.float32) * scale
-
-    def _check(self, images: Any, threads: Any) -> tuple[NDArray[np.uint8], int]:
+    def checked(self, images: Any, threads: Any) -> tuple[NDArray[np.uint8], int]:
+        """The pictures as the program reads them, `[S, B, H, W, C]`, and the number of threads. Errors: as for a call."""
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
             found = f"{images.dtype} array" if isinstance(images, np.ndarray) else type(images).__name__
             raise TypeError(
@@ -176,37 +133,7 @@ class Net:
             )
         if frames == 1:
             images = images[None]
-        if threads is None:
-            return np.ascontiguousarray(images), os.cpu_count() or 1
-        number: Any = None if isinstance(threads, bool) else threads
-        try:
-            count = operator.index(number)
-        except TypeError:
-            raise TypeError(f"threads: found {threads!r}; an integer from 1, or None for all cores, is needed") from None
-        if not 1 <= count <= 1024:
-            raise ValueError(f"threads: found {count}; 1..1024 are allowed")
-        return np.ascontiguousarray(images), count
-
-    def _compile(self, extension: Any) -> Compiled:
-        """The program laid out for the kernels in use."""
-        name = kernels.active()
-        if name not in self._compiled:
-            kernel_set, values = kernels.get(name), self.program.values
-            self._compiled[name] = Compiled(
-                self.program, extension, name, self.header["fraction_bits"],
-                lambda op: _bind(op, values[op.inputs[0]].kind == "s8", kernel_set),
-            )
-        return self._compiled[name]
-
-    def _steps(self) -> list[_Step]:
-        """The ops bound to the kernels in use; weights are laid out for a set of kernels when it is first used."""
-        kernel_set = kernels.get(kernels.active())
-        bound = self._bound.get(kernel_set.name)
-        if bound is None:
-            values = self.program.values
-            bound = [_bind(op, values[op.inputs[0]].kind == "s8", kernel_set) for op in self.program.ops]
-            self._bound[kernel_set.name] = bound
-        return bound
+        return np.ascontiguousarray(images), thread_count(threads)
 
 
 def builtin_names() -> list[str]:
@@ -214,10 +141,12 @@ def builtin_names() -> list[str]:
     return sorted(path.stem for path in ZOO.glob("*.bitspike"))
 
 
-def load(path_or_name: str | os.PathLike[str]) -> Net:
+def load(path_or_name: str | os.PathLike[str]) -> Net | Segmenter | Detector:
     """Open an artifact: the path of a `*.bitspike` file, or the name of a built-in network such as "cifar10".
 
-    A text with neither a folder nor the ending `.bitspike` is a name, unless there is a file called so.
+    A text with neither a folder nor the ending `.bitspike` is a name, unless there is a file called so. What it gives depends
+    on what the network was made for: a `Net` classifies pictures, a `Segmenter` gives every pixel a class, a `Detector` finds
+    objects.
 
     Raises:
         ArtifactError: there is no such file or name, or anything is wrong with the file.
@@ -237,4 +166,18 @@ def load(path_or_name: str | os.PathLike[str]) -> Net:
                 "*.bitspike file"
             )
         path = ZOO / f"{path_or_name}.bitspike"
-    return Net(artifact.read(path))
+    found = artifact.read(path)
+    kinds: dict[str, type[Net | Segmenter | Detector]] = {"segmentation": Segmenter, "detection": Detector}
+    return kinds.get(found.task, Net)(found)
+
+
+def load_classifier(path_or_name: str | os.PathLike[str]) -> Net:
+    """`load`, of a network that classifies.
+
+    Raises:
+        ArtifactError: as `load`; or the network does something else.
+    """
+    net = load(path_or_name)
+    if not isinstance(net, Net):
+        raise ArtifactError(f"{os.fspath(path_or_name)}: this network was made for {net.task}; a classifier is needed here")
+    return net

@@ -78,6 +78,10 @@ class Steps:
         self._moving, self._most = _roles(net)
         self._stateful = {op.output for op in net.program.ops
                           if op.name in _STATEFUL and op.attributes["steps"] == net.time_steps > 1}
+        self._of_one_step = {op.output: {key: value for key, value in op.attributes.items() if key != "steps"}
+                             for op in net.program.ops if op.output in self._stateful}
+        self._still: dict[str, Array] = {}
+        self._picture: Array | None = None
         kept = {name for op in net.program.ops if op.output in self._moving for name in op.inputs} | {net.program.output}
         self._kept = kept - self._moving - {"pixels"}
         self.reset()
@@ -101,9 +105,6 @@ class Steps:
                     self._states[op.output] = np.zeros(packed_bytes(int(np.prod(shape)), scheme), np.uint8)
                 else:
                     self._states[op.output] = np.zeros(shape, np.int32)
-        if not hasattr(self, "_still"):
-            self._still: dict[str, Array] = {}
-            self._picture: Array | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -123,7 +124,7 @@ class Steps:
         if self.t >= self._most:
             raise StepError(f"{net!r}: {self.t} steps were pushed, and it can only take {self._most}. Begin again with reset()")
         pixels, threads = self._input(x)
-        bound, program = net._steps(), net.program
+        bound, program = net.executor.bound_ops(), net.program
         if self._picture is not pixels:
             self._picture, self._still = pixels, {}
         values: dict[str, Array] = {"pixels": pixels, **self._still}
@@ -139,28 +140,27 @@ class Steps:
                     values.pop(name, None)
         self._still = {name: values[name] for name in self._kept}
         self.t += 1
-        return net._logits(values[program.output])
+        return net.executor.real(values[program.output][0, :, 0, 0])
 
     def _run(self, op: Op, run: Callable[[list[Array], int], Array], inputs: list[Array], threads: int) -> Array:
-        attributes: dict[str, Any] = dict(op.attributes)
+        attributes = op.attributes
         if op.output in self._stateful:
-            return self._neuron(op, inputs[0][0], attributes)
+            return self._neuron(op, inputs[0][0])
         steps = self.net.program.values[op.inputs[0]].steps  # 1 after a mean over time: the mean of that is itself
         if op.name == "mean" and attributes["over"] == "time" and op.inputs[0] in self._moving and steps > 1:
             total = self._sums.get(op.output, 0) + inputs[0].astype(np.int64)
             self._sums[op.output] = total
-            n = self.t + 1
-            return ops.sat32((2 * attributes["m"] * total + n) // (2 * n))
+            return ops.rounded_mean(total, self.t + 1, attributes["m"])
         rows = attributes.get("m") if op.name == "attention_read" else None
         if isinstance(rows, np.ndarray) and len(rows) > 1:
-            attributes["m"] = rows[self.t : self.t + 1]
+            attributes = {**attributes, "m": rows[self.t : self.t + 1]}
             own = getattr(kernels.get(kernels.active()), op.name, None)
             chosen, x = inputs
             return ops.attention_read(chosen, x, **attributes) if own is None else own(chosen, x, **attributes, threads=threads)
         return run(inputs, threads)
 
-    def _neuron(self, op: Op, x: Array, attributes: dict[str, Any]) -> Array:
-        del attributes["steps"]
+    def _neuron(self, op: Op, x: Array) -> Array:
+        attributes = self._of_one_step[op.output]
         state = self._states[op.output]
         if op.name == "lif_packed":
             codes = unpack_state(state, attributes["bits"], x.shape)
@@ -177,15 +177,15 @@ class Steps:
             if frames or self._picture is None:
                 raise StepError("push() without a picture repeats the one before; " + (
                     "a network of frames needs one at every step" if frames else "the first push needs one"))
-            return self._picture, net._check(self._picture[0], self.threads)[1]
+            return self._picture, net.checked(self._picture[0], self.threads)[1]
         if isinstance(x, np.ndarray) and x.ndim == 3 and self.batch == 1:
             x = x[None]
         if isinstance(x, np.ndarray) and frames:
             # as a sequence it must fit; only the first of its steps is read
-            _, threads = net._check(np.broadcast_to(x, (net.input_steps, *x.shape)), self.threads)
+            _, threads = net.checked(np.broadcast_to(x, (net.input_steps, *x.shape)), self.threads)
             pixels = np.ascontiguousarray(x[None])
         else:
-            pixels, threads = net._check(x, self.threads)
+            pixels, threads = net.checked(x, self.threads)
         if pixels.shape[1] != self.batch:
             raise ValueError(f"found a batch of {pixels.shape[1]}; these steps were made for {self.batch}")
         if not frames:

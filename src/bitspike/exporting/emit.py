@@ -80,14 +80,15 @@ class Conv:
 
 
 class Program:
-    """Operations in order and their tensors; `fraction_bits` F: a potential is value * 2^F."""
+    """Operations in order and their tensors; `fraction_bits` F: a potential is value * 2^F; `prefix`: of tensors' names."""
 
-    def __init__(self, fraction_bits: int, time_steps: int) -> None:
-        self.fraction_bits, self.time_steps = fraction_bits, time_steps
+    def __init__(self, fraction_bits: int, time_steps: int, prefix: str = "") -> None:
+        self.fraction_bits, self.time_steps, self.prefix = fraction_bits, time_steps, prefix
         self.ops: list[dict[str, Any]] = []
         self.tensors: dict[str, Array] = {}
         self._names: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self.packed: dict[str, tuple[Array, dict[str, Any]]] = {}  # codes [O, kh, kw, I/groups] and their scheme
+        self._weights: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self.overflow = ""  # where a number did not fit; such a program must not be written
 
     @property
@@ -102,7 +103,7 @@ class Program:
         for name, value in attributes.items():
             if isinstance(value, np.ndarray):
                 # equal tensors are stored once: offsets of convolutions without bias and norm are all zeros
-                value = self._names.setdefault((value.dtype.str, value.shape, value.tobytes()), f"{out}.{name}")
+                value = self._names.setdefault((value.dtype.str, value.shape, value.tobytes()), f"{self.prefix}{out}.{name}")
                 self.tensors.setdefault(value, attributes[name])
             entry[name] = value
         if layer:
@@ -147,8 +148,7 @@ class Program:
         if largest >= _LIMIT:
             raise ExportError(f"{conv.layer}: an accumulator may reach {largest}, past 2^31. Use fewer weight bits or fewer "
                               "input channels.")
-        weight = f"v{len(self.ops) + 1}.weight"
-        self.packed[weight] = (np.ascontiguousarray(conv.codes.transpose(0, 2, 3, 1)), conv.scheme)
+        weight = self._weight(np.ascontiguousarray(conv.codes.transpose(0, 2, 3, 1)), conv.scheme)
         result = self._one_conv(conv, conv.source, weight, a, b, conv.pad_value)
         if conv.fine is not None:
             second = self._one_conv(conv, conv.fine.source, weight, a * conv.fine.scale, np.zeros_like(b), conv.fine.pad_value)
@@ -156,6 +156,13 @@ class Program:
         for kernel, stride, padding in conv.pools:
             result = self.maxpool(result, kernel, stride, padding, conv.layer)
         return result
+
+    def _weight(self, codes: Array, scheme: dict[str, Any]) -> str:
+        """The tensor of these codes; a convolution that runs on several maps is stored once."""
+        key = (str(scheme), codes.shape, codes.tobytes())
+        name = self._weights.setdefault(key, f"{self.prefix}v{len(self.ops) + 1}.weight")
+        self.packed[name] = (codes, scheme)
+        return name
 
     def _one_conv(self, conv: Conv, source: str, weight: str, a: Array, b: Array, pad_value: Array | None) -> str:
         m, s = self._factors(a * self.one, conv.layer)

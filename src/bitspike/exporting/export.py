@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bitspike.deploy import artifact, load
+from bitspike.deploy import artifact, load_classifier
 from bitspike.deploy.artifact import MAX_INPUT_CHANNELS
 from bitspike.exporting.emit import Program
 from bitspike.exporting.fold import Folder
@@ -38,6 +38,7 @@ class ExportReport:
     bytes: of the file. agreement: share of `samples` pictures with the same top-1 class as torch in float32 (whatever
     precision it was trained in). largest_difference: of a logit.
     operations: number of each operation. layers: every matrix product. notes: what was approximated, and where.
+    compared: of what `agreement` is a share, where that is not the pictures.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class ExportReport:
     operations: Mapping[str, int]
     layers: Sequence[Layer]
     notes: Sequence[str]
+    compared: str = ""
 
     @property
     def weights(self) -> int:
@@ -60,7 +62,8 @@ class ExportReport:
         floats = [layer.name for layer in self.layers if layer.from_float]
         lines = [f"{self.path}: {self.bytes:,} bytes, {self.weights:,} weights in {len(self.layers)} layers "
                  f"(inputs: {', '.join(f'{n} {kind}' for kind, n in sorted(inputs.items()))})",
-                 f"agreement with the torch model in float32: {self.agreement:.2%} of {self.samples} pictures, "
+                 f"agreement with the torch model in float32: {self.agreement:.2%} of "
+                 f"{self.compared or f'{self.samples} pictures'}, "
                  f"largest logit difference {self.largest_difference:.2g}; potentials have {self.fraction_bits} fraction bits"]
         if floats:
             more = f", ... ({len(floats) - 4} more)" if len(floats) > 4 else ""
@@ -68,7 +71,8 @@ class ExportReport:
         return "\n".join([*lines, *self.notes])
 
 
-def _normalised(pixels: Pixels, mean: NDArray[Any], std: NDArray[Any]) -> Tensor:
+def normalised(pixels: Pixels, mean: NDArray[Any], std: NDArray[Any]) -> Tensor:
+    """What a model sees of uint8 pictures [..., H, W, C]: float [..., C, H, W]."""
     x = torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3).contiguous().float().div(255)
     shape = (-1, 1, 1)
     return (x - torch.tensor(mean).float().view(shape)) / torch.tensor(std).float().view(shape)
@@ -90,7 +94,7 @@ def calibrate_norms(model: nn.Module, pixels: Pixels, mean: Sequence[float], std
     with torch.no_grad(), norms_anew(model):
         model.train()
         for part in _batches(pixels, batch):
-            model(_normalised(part, np.asarray(mean, float), np.asarray(std, float)))
+            model(normalised(part, np.asarray(mean, float), np.asarray(std, float)))
     model.train(training)
 
 
@@ -110,16 +114,16 @@ def _check_arguments(pixels: Pixels, mean: NDArray[Any], std: NDArray[Any], shap
                           f"{std.tolist()}.")
 
 
-def _fold(module: torch.fx.GraphModule, steps: int, mean: NDArray[Any], std: NDArray[Any],
-          allow_float: bool, inner_bits: int) -> tuple[Program, Folder, Value]:
-    """The program, with as many fraction bits as the calibrated potentials leave room for."""
+def fold(module: torch.fx.GraphModule, steps: int, mean: NDArray[Any], std: NDArray[Any], allow_float: bool,
+         inner_bits: int, regions: bool = False, prefix: str = "") -> tuple[Program, Folder, list[Value]]:
+    """The program of an observed graph, with as many fraction bits as the calibrated potentials leave room for."""
     bits = FRACTION_BITS
     while True:
-        program = Program(bits, steps)
-        folder = Folder(module, program, mean=mean, std=std, allow_float=allow_float, inner_bits=inner_bits)
-        logits = folder.run()
+        program = Program(bits, steps, prefix)
+        folder = Folder(module, program, mean=mean, std=std, allow_float=allow_float, inner_bits=inner_bits, regions=regions)
+        outputs = folder.run()
         if not program.overflow and folder.lowering.largest * _HEADROOM < 2.0 ** (31 - bits):
-            return program, folder, logits
+            return program, folder, outputs
         if bits == _LEAST_BITS:
             found = program.overflow or f"a potential of {folder.lowering.largest:.3g}"
             raise ExportError(f"{found} does not fit 32 bits with {bits} fraction bits. Is the running variance of a batch "
@@ -127,7 +131,8 @@ def _fold(module: torch.fx.GraphModule, steps: int, mean: NDArray[Any], std: NDA
         bits -= 1
 
 
-def _pack(program: Program) -> dict[str, NDArray[Any]]:
+def pack(program: Program) -> dict[str, NDArray[Any]]:
+    """Every tensor of a program, as it is stored."""
     packed = {name: artifact.pack_codes(codes, scheme) for name, (codes, scheme) in program.packed.items()}
     return {**program.tensors, **packed}
 
@@ -140,10 +145,10 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 
 def _compare(path: Path, model: nn.Module, pixels: Pixels, mean: NDArray[Any], std: NDArray[Any]) -> tuple[float, float]:
     """(share of equal top-1 classes, largest difference of a logit) between the file and the model."""
-    net, same, largest = load(path), 0, 0.0
+    net, same, largest = load_classifier(path), 0, 0.0
     for batch in _batches(pixels, _BATCH):
         with torch.no_grad():
-            expected = _logits(model, _normalised(batch, mean, std)).numpy()
+            expected = _logits(model, normalised(batch, mean, std)).numpy()
         found = net(np.ascontiguousarray(batch))
         same += int((found.argmax(1) == expected.argmax(1)).sum())
         largest = max(largest, float(np.abs(found - expected).max()))
@@ -215,12 +220,15 @@ def export_model(model: nn.Module, path: str | os.PathLike[str], *, mean: Sequen
         draft, samples = target.with_name(f".{target.name}.{os.getpid()}.check"), check.shape[-4]
         try:
             for bits in (8, 16) if inner_bits is None else (inner_bits,):
-                program, folder, logits = _fold(module, time_steps, means, stds, allow_float, bits)
+                program, folder, (logits,) = fold(module, time_steps, means, stds, allow_float, bits)
+                if (logits.height, logits.width) != (1, 1):
+                    raise ExportError(f"the model's output has {logits.height}x{logits.width} pixels; logits are [B, classes]: "
+                                      "take the mean over space.")
                 header: dict[str, Any] = {
                     "name": name, "input": picture, "classes": list(classes), "time_steps": time_steps,
                     "fraction_bits": program.fraction_bits, "program": program.ops, "output": logits.source,
                     "provenance": dict(provenance or {})}
-                tensors, notes = _pack(program), tuple(folder.lowering.notes)
+                tensors, notes = pack(program), tuple(folder.lowering.notes)
                 artifact.write(draft, header, tensors)
                 agreement, largest = _compare(draft, model, check, means, stds)
                 if agreement >= min_agreement or not folder.lowering.rounded:
@@ -245,7 +253,7 @@ def _calibrate(model: nn.Module, module: torch.fx.GraphModule, pixels: Pixels, m
     """Run the graph on all pictures; on the first batch prove that it is the model."""
     observer = Observer(module)
     for i, part in enumerate(_batches(pixels, _BATCH)):
-        x = _normalised(part, mean, std)
+        x = normalised(part, mean, std)
         found = observer.run(x)
         if i:
             continue

@@ -19,7 +19,18 @@ from torch.nn.utils import parametrize
 
 from bitspike.exporting.emit import Array, Program
 from bitspike.exporting.lower import Codes, Lowering, Value, vector
-from bitspike.exporting.trace import CONVS, NORMS, NOTHING, POOLS, ExportError, arguments, kind_of, place, unknown
+from bitspike.exporting.trace import (
+    CONVS,
+    NORMS,
+    NOTHING,
+    POOLS,
+    ExportError,
+    arguments,
+    flat_outputs,
+    kind_of,
+    place,
+    unknown,
+)
 from bitspike.layers import latent_weight, quantizer_of
 from bitspike.models.blocks import LayerScale, NormPad
 from bitspike.neurons import IELIF, LIF
@@ -33,17 +44,17 @@ class Folder:
     """Walks one observed graph and lowers every node; `lowering` keeps the record of what was done."""
 
     def __init__(self, module: torch.fx.GraphModule, program: Program, *, mean: Array, std: Array, allow_float: bool,
-                 inner_bits: int = 8) -> None:
+                 inner_bits: int = 8, regions: bool = False) -> None:
         self.module, self.lowering = module, Lowering(program, allow_float, inner_bits)
-        self.pixel_mean, self.pixel_std = mean, std
+        self.pixel_mean, self.pixel_std, self.regions = mean, std, regions
 
     # ------------------------------------------------------------------------------------------- the walk
-    def run(self) -> Value:
-        """Write every operation; returns the logits as a potential."""
+    def run(self) -> list[Value]:
+        """Write every operation; returns what the graph returns, as potentials, in order."""
         env: dict[Node, Any] = {}
         for node in self.module.graph.nodes:
             if node.op == "output":
-                return self._logits(env[node.args[0]])
+                return [self._output(env[one]) for one in flat_outputs(node.args[0])]
             value = self._node(node, torch.fx.node.map_arg(node.args, env.__getitem__),
                                torch.fx.node.map_arg(node.kwargs, env.__getitem__))
             if isinstance(value, Value):
@@ -55,12 +66,8 @@ class Folder:
             env[node] = value
         raise ExportError("the graph has no output.")
 
-    def _logits(self, value: Value) -> Value:
-        value = self.lowering.mean(self.lowering.potential(value, "output"), "time", "output")
-        if (value.height, value.width) != (1, 1):
-            raise ExportError(f"the model's output has {value.height}x{value.width} pixels; logits are [B, classes]: take the "
-                              "mean over space.")
-        return value
+    def _output(self, value: Value) -> Value:
+        return self.lowering.mean(self.lowering.potential(value, "output"), "time", "output")
 
     @staticmethod
     def _check_shape(node: Node, value: Value) -> None:
@@ -75,6 +82,8 @@ class Folder:
     def _node(self, node: Node, args: Any, kwargs: Any) -> Any:
         if node.op == "placeholder":
             sizes = node.meta["sizes"]
+            if self.regions:
+                return Value("pixels", "real", np.ones(sizes["C"]), np.zeros(sizes["C"]), sizes["H"], sizes["W"], 1)
             return Value("pixels", "u8", 1 / (255 * self.pixel_std), -self.pixel_mean / self.pixel_std, sizes["H"], sizes["W"],
                          sizes.get("T", 1), (0, 255), pixels=True)
         if node.op == "get_attr":
@@ -86,6 +95,8 @@ class Folder:
             return self._module(node, self.module.get_submodule(str(node.target)), args[0])
         flat: list[Value] = []
         torch.fx.node.map_aggregate((args, kwargs), lambda x: flat.append(x) if isinstance(x, Value) else None)
+        if any(x.kind == "real" for x in flat) and kind_of(node) not in ("same", "shape", "repeat"):
+            raise unknown(node, "a head of regions must begin with its neuron")
         if not flat or node.target is getattr or node.target in ("size", "dim", "numel"):
             return self._constant(node, args, kwargs)
         return self._call(node, kind_of(node), flat, args, kwargs)
@@ -101,6 +112,9 @@ class Folder:
 
     def _module(self, node: Node, module: nn.Module, x: Value) -> Value:
         lowering, layer = self.lowering, place(node)
+        if x.kind == "real" and not isinstance(module, (*NOTHING, IELIF)):
+            raise ExportError(f"{layer}: {type(module).__name__} reads the features of regions themselves; a head of regions "
+                              "must begin with an IELIF neuron, which makes them counts.")
         if isinstance(module, (*NOTHING, nn.Flatten)):
             return x
         if isinstance(module, (LIF, IELIF)):

@@ -90,6 +90,7 @@ class Lowering:
     def __init__(self, program: Program, allow_float: bool, inner_bits: int = 8) -> None:
         self.program, self.allow_float, self.inner_bits = program, allow_float, inner_bits
         self.largest = 0.0
+        self.reads: IELIF | None = None  # the neuron that makes the program's input, where that is no picture
         self.rounded = 0  # real-valued inputs of convolutions that were rounded to 8 bits
         self.layers: list[Layer] = []
         self.notes: list[str] = []
@@ -140,6 +141,8 @@ class Lowering:
     def neuron(self, module: LIF | IELIF, x: Value, layer: str) -> Value:
         """Potential -> spikes or counts."""
         T = self.program.time_steps
+        if x.kind == "real":
+            return self._counted_outside(module, x, layer)
         if isinstance(module, IELIF) and (module.decay is None or T == 1):
             return self._stateless(module, x, layer)
         if isinstance(module, IELIF):
@@ -149,6 +152,13 @@ class Lowering:
                                         decay=self.program.pair(module.decay), steps=T)
             return self._spikes(x, source, module.levels, module.scale, T)
         return self._lif(module, x, layer)
+
+    def _counted_outside(self, module: LIF | IELIF, x: Value, layer: str) -> Value:
+        """The program's input is what this neuron makes of real features: whoever calls it does the counting."""
+        if not isinstance(module, IELIF) or module.decay is not None or self.reads is not None:
+            raise ExportError(f"{layer}: a head of regions must begin with one IELIF neuron without carry-over.")
+        self.reads = module
+        return self._spikes(x, "pixels", module.levels, module.scale, 1)
 
     def _lif(self, module: LIF, x: Value, layer: str) -> Value:
         program, T = self.program, self.program.time_steps

@@ -191,9 +191,16 @@ class Observer:
             for used in node.all_input_nodes:
                 self.last_use[used] = node
 
-    @torch.no_grad()
     def run(self, x: Tensor) -> Tensor:
         """Logits of one normalised batch of pictures [B, C, H, W] or sequences [T, B, C, H, W], computed node by node."""
+        outputs = self.run_all(x)
+        if len(outputs) != 1:
+            raise ExportError(f"the model returns {len(outputs)} tensors; an exported model returns the logits [B, classes].")
+        return outputs[0]
+
+    @torch.no_grad()
+    def run_all(self, x: Tensor) -> list[Tensor]:
+        """Every tensor that the model returns, in order, from lists and tuples too."""
         values: dict[Node, Any] = {}
         result: Any = None
         for node in self.module.graph.nodes:
@@ -204,7 +211,7 @@ class Observer:
                     raise ExportError(f"the model takes a second input {node.name!r}; an exported model takes one picture.")
                 value: Any = label(x, (("T",), ("B",), ("C",), ("H",), ("W",))[5 - x.dim():])
             elif node.op == "output":
-                result = args[0]
+                result = flat_outputs(args[0])
             else:
                 value = self._call(node, args, kwargs)
             if node.op != "output":
@@ -213,9 +220,10 @@ class Observer:
             for used in node.all_input_nodes:
                 if self.last_use[used] is node:
                     del values[used]
-        if not isinstance(result, Labelled):
-            raise ExportError(f"the model returns {type(result).__name__}; an exported model returns the logits [B, classes].")
-        return result.tensor
+        strange = [type(one).__name__ for one in result if not isinstance(one, Labelled)]
+        if strange:
+            raise ExportError(f"the model returns {strange[0]}; an exported model returns the logits [B, classes].")
+        return [one.tensor for one in result]
 
     @staticmethod
     def _note(node: Node, value: Any) -> None:
@@ -254,6 +262,15 @@ class Observer:
             return _spatial(node, first, lambda x: call(x, *plain_args[1:], **plain_kwargs))
         out = call(*plain_args, **plain_kwargs)
         return Labelled(out, *_axes_after(node, kind, first, flat, args, kwargs, out))
+
+
+def flat_outputs(result: Any) -> list[Any]:
+    """What a graph returns, without the lists and tuples around it.
+
+    >>> flat_outputs((1, [2, (3,)]))
+    [1, 2, 3]
+    """
+    return [x for one in result for x in flat_outputs(one)] if isinstance(result, (list, tuple)) else [result]
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
