@@ -328,6 +328,10 @@ def test_frames_that_cannot_be_meant():
         Frames(4, (8, 8), augment="rol=3")
     with pytest.raises(EventError, match="by 'number'"):
         Frames(4, (8, 8), "number")
+    for wrong in ("roll=nan", "roll=-1", "roll=2.5", "rotate=nan", "rotate=inf", "cutout=1e9", "jitter=1e300", "drop=2",
+                  "flip=nan"):
+        with pytest.raises(EventError, match=f"event augmentation {wrong.partition('=')[0]}=.*allowed: "):
+            Frames(4, (8, 8), augment=wrong)
 
 
 def test_store_reads_the_same_from_everywhere(tmp_path: Path):

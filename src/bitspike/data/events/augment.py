@@ -22,6 +22,11 @@ def _check_share(name: str, value: float) -> None:
         raise EventError(f"{name}={value}; allowed: 0..1.")
 
 
+def _check_pixels(name: str, value: float) -> None:
+    if not 0 <= value <= 1 << 16 or value != int(value):
+        raise EventError(f"{name}={value}; allowed: whole pixels, 0..65536.")
+
+
 def flip(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, probability: float = 0.5) -> np.ndarray:
     """Mirror left and right, with that probability.
 
@@ -37,16 +42,17 @@ def flip(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, p
     return out
 
 
-def roll(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, most: int = 5) -> np.ndarray:
+def roll(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, most: float = 5) -> np.ndarray:
     """Shift by a whole number of pixels, -most..most in either direction; what leaves the sensor is dropped."""
-    if most < 0:
-        raise EventError(f"most={most}; allowed: 0 or more pixels.")
-    dx, dy = random.integers(-most, most + 1, 2)
+    _check_pixels("most", most)
+    dx, dy = random.integers(-int(most), int(most) + 1, 2)
     return _moved(data, data["x"].astype(np.int64) + dx, data["y"].astype(np.int64) + dy, size)
 
 
 def rotate(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, degrees: float = 15.0) -> np.ndarray:
     """Turn about the centre by an angle from -degrees..degrees, to the nearest pixel."""
+    if not abs(degrees) <= 360:
+        raise EventError(f"degrees={degrees}; allowed: -360..360.")
     angle = np.deg2rad(random.uniform(-abs(degrees), abs(degrees)))
     cy, cx = (size[0] - 1) / 2, (size[1] - 1) / 2
     x, y = data["x"] - cx, data["y"] - cy
@@ -54,10 +60,10 @@ def rotate(data: np.ndarray, size: tuple[int, int], random: np.random.Generator,
                   np.rint(np.sin(angle) * x + np.cos(angle) * y + cy).astype(np.int64), size)
 
 
-def cutout(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, side: int = 16) -> np.ndarray:
+def cutout(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, side: float = 16) -> np.ndarray:
     """Remove the events of a square of `side` pixels, centred anywhere on the sensor, for the whole recording."""
-    if side < 0:
-        raise EventError(f"side={side}; allowed: 0 or more pixels.")
+    _check_pixels("side", side)
+    side = int(side)
     top, left = int(random.integers(size[0])) - side // 2, int(random.integers(size[1])) - side // 2
     x, y = data["x"].astype(np.int64), data["y"].astype(np.int64)
     return data[(x < left) | (x >= left + side) | (y < top) | (y >= top + side)]
@@ -65,8 +71,8 @@ def cutout(data: np.ndarray, size: tuple[int, int], random: np.random.Generator,
 
 def jitter_time(data: np.ndarray, random: np.random.Generator, std: float = 1000.0) -> np.ndarray:
     """Gaussian noise of `std` microseconds on every timestamp; then in order of time again."""
-    if not std >= 0:
-        raise EventError(f"std={std}; allowed: 0 or more microseconds.")
+    if not 0 <= std <= 1e12:
+        raise EventError(f"std={std}; allowed: 0..1e12 microseconds.")
     out = data.copy()
     out["t"] = data["t"] + np.rint(random.normal(0.0, std, len(data))).astype(np.int64)
     return out[np.argsort(out["t"], kind="stable")]

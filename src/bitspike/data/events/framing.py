@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitspike.data.events import augment
-from bitspike.data.events.core import EventError
+from bitspike.data.events.core import DTYPE, EventError
 from bitspike.data.events.representations import frames
 
 _Change = Callable[[np.ndarray, tuple[int, int], np.random.Generator, float], np.ndarray]
@@ -15,9 +15,9 @@ _Change = Callable[[np.ndarray, tuple[int, int], np.random.Generator, float], np
 #: name in `event_augment` -> (the change, its default strength)
 CHANGES: dict[str, tuple[_Change, float]] = {
     "flip": (lambda data, size, random, value: augment.flip(data, size, random, value), 0.5),
-    "roll": (lambda data, size, random, value: augment.roll(data, size, random, int(value)), 5),
+    "roll": (lambda data, size, random, value: augment.roll(data, size, random, value), 5),
     "rotate": (lambda data, size, random, value: augment.rotate(data, size, random, value), 15.0),
-    "cutout": (lambda data, size, random, value: augment.cutout(data, size, random, int(value)), 16),
+    "cutout": (lambda data, size, random, value: augment.cutout(data, size, random, value), 16),
     "jitter": (lambda data, size, random, value: augment.jitter_time(data, random, value), 1000.0),
     "drop": (lambda data, size, random, value: augment.drop(data, random, value), 0.1),
 }
@@ -46,7 +46,11 @@ class Frames:
         if not 1 <= self.steps <= 1024 or min(self.size) < 1 or self.by not in ("count", "time"):
             raise EventError(f"frames: {self.steps} of {self.size[1]} x {self.size[0]} by {self.by!r}; allowed: 1..1024 of at "
                              "least 1 x 1, by 'count' or 'time'.")
-        self.changes()
+        for name, value in self.changes():  # now, not at some step of a training
+            try:
+                CHANGES[name][0](np.empty(0, DTYPE), (1, 1), np.random.default_rng(0), value)
+            except EventError as error:
+                raise EventError(f"event augmentation {name}={value:g}: {error}") from None
 
     def changes(self) -> list[tuple[str, float]]:
         """`augment` as (name, strength)."""
