@@ -39,7 +39,7 @@ class Decision:
     logits: NDArray[np.float32]
     events: int
     latency_ms: float
-    frame: NDArray[np.uint8]
+    frame: NDArray[np.uint8] = field(repr=False)
 
     @property
     def best(self) -> int:

@@ -116,3 +116,20 @@ def test_modules_need_no_torch():
             "import bitspike.data.events, bitspike.data.events.augment\n"
             "assert not {'torch', 'lz4', 'zstandard', 'h5py'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_memory_or_arithmetic_could_not_hold():
+    far = events([-(1 << 62), 1 << 62], [0, 0], [0, 0], [1, 1])
+    for call in (lambda: voxel_grid(far, (4, 4), 5), lambda: time_surface(far, (4, 4), 9.0),
+                 lambda: windows(far, (4, 4), microseconds=1000)):
+        with pytest.raises(EventError, match="no microseconds of a recording"):
+            call()
+    near = events([0, 1], [0, 0], [0, 0], [1, 1])
+    for call in (lambda: voxel_grid(near, (4, 4), 10**9), lambda: frames(near, (4, 4), 10**9),
+                 lambda: frames(near, (1 << 16, 1 << 16), 10)):
+        with pytest.raises(EventError, match="counters"):
+            call()
+    with pytest.raises(EventError, match="pooled"):
+        frames(near, (4, 4), 2, pooled=(0, 4))
+    with pytest.raises(EventError, match="its end must be after"):
+        frames(near, (4, 4), 2, "time", span=(5, 5))

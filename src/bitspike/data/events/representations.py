@@ -24,6 +24,19 @@ def _check(data: np.ndarray, size: tuple[int, int]) -> None:
                          "give its size=(height, width).")
 
 
+def _check_room(number: int, what: str, cells: int) -> None:
+    if number * cells > 1 << 31:
+        raise EventError(f"{number} {what} of {cells} counters; 2^31 counters in all are allowed: take fewer or longer "
+                         "ones, or cut the events first.")
+
+
+def _first_and_last(data: np.ndarray) -> tuple[int, int]:
+    first, last = (int(data["t"].min()), int(data["t"].max())) if len(data) else (0, 0)
+    if last - first >= 1 << 62:
+        raise EventError(f"the times reach from {first} to {last}: these are no microseconds of a recording.")
+    return first, last
+
+
 def _pixels(data: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Flat index int64 [N] into [2, H, W]."""
     at = data["y"].astype(np.int64)
@@ -65,6 +78,8 @@ def edges(data: np.ndarray, steps: int, by: str, span: tuple[int, int] | None = 
     number = len(data)
     if by == "time" and span is not None:
         start, stop = span
+        if stop <= start:
+            raise EventError(f"span={span}; its end must be after its beginning.")
         return np.searchsorted(data["t"], start + np.arange(steps + 1) * (stop - start) // steps, "left").astype(np.int64)
     if by == "count" or not number:
         inner = np.arange(steps) * (number // steps)
@@ -83,7 +98,7 @@ def frames(data: np.ndarray, size: tuple[int, int], steps: int, by: str = "count
     order of time are cut by count as they come, and sorted first when cut by time. pooled: (h, w) of the frames; pixel
     (y, x) of the sensor counts into (y * h // H, x * w // W), so no event is lost. span: see `edges`.
 
-    Errors: EventError for events outside the sensor.
+    Errors: EventError for events outside the sensor, or more than 2^31 counters.
 
     >>> from bitspike.data.events import events
     >>> frames(events([0, 1, 2, 3], [0, 1, 1, 0], [0, 0, 0, 1], [1, 0, 0, 1]), (2, 2), 2)[1].tolist()
@@ -92,9 +107,12 @@ def frames(data: np.ndarray, size: tuple[int, int], steps: int, by: str = "count
     _check(data, size)
     if by == "time" and not is_sorted(data):
         data = data[np.argsort(data["t"], kind="stable")]
-    at = edges(data, steps, by, span)
     pooled = pooled or size
+    if min(pooled) < 1:
+        raise EventError(f"pooled={pooled}; allowed: (height, width) of at least 1 x 1.")
     cells = 2 * pooled[0] * pooled[1]
+    _check_room(steps, "frames", cells)
+    at = edges(data, steps, by, span)
     out = np.zeros((steps, cells), np.int32)
     raw = native.as_bytes(data)
     if raw is not None:
@@ -129,12 +147,11 @@ def windows(data: np.ndarray, size: tuple[int, int], *, microseconds: int | None
         return np.zeros((0, 2, *size), np.int32)
     cells = 2 * size[0] * size[1]
     if microseconds is not None:
-        which = (data["t"] - int(data["t"].min())) // microseconds
+        which = (data["t"] - _first_and_last(data)[0]) // microseconds
     else:
         which = np.arange(len(data)) // (count or 1)
     steps = int(which.max()) + 1
-    if steps * cells > 1 << 31:
-        raise EventError(f"{steps} windows of {cells} counters; take longer windows, or cut the events first.")
+    _check_room(steps, "windows", cells)
     out = np.bincount(_pixels(data, size) + which * cells, minlength=steps * cells)
     return out.astype(np.int32).reshape(steps, 2, *size)
 
@@ -146,7 +163,7 @@ def voxel_grid(data: np.ndarray, size: tuple[int, int], bins: int) -> np.ndarray
 
     Source: Zhu et al. 2019 (CVPR, "Unsupervised event-based learning of optical flow, depth, and egomotion"), eq. 1-3.
 
-    Errors: EventError for events outside the sensor, or no bins.
+    Errors: EventError for events outside the sensor, no bins, or more than 2^31 counters.
 
     >>> from bitspike.data.events import events
     >>> voxel_grid(events([0, 25, 100], [0, 0, 0], [0, 0, 0], [1, 0, 1]), (1, 1), 3).ravel().tolist()
@@ -156,8 +173,9 @@ def voxel_grid(data: np.ndarray, size: tuple[int, int], bins: int) -> np.ndarray
     if bins < 1:
         raise EventError(f"bins={bins}; allowed: at least 1.")
     cells = size[0] * size[1]
+    _check_room(bins, "bins", cells)
     out = np.zeros(bins * cells, np.float64)
-    first, last = (int(data["t"].min()), int(data["t"].max())) if len(data) else (0, 0)
+    first, last = _first_and_last(data)
     scale = (bins - 1) / max(1, last - first)
     for block in _blocks(data):
         when = (block["t"] - first) * scale
@@ -189,12 +207,14 @@ def time_surface(data: np.ndarray, size: tuple[int, int], tau: float, at: np.nda
     _check(data, size)
     if not tau > 0:
         raise EventError(f"tau={tau}; allowed: more than 0 microseconds.")
+    _first_and_last(data)
     if not is_sorted(data):
         data = data[np.argsort(data["t"], kind="stable")]
     moments = np.asarray(data["t"][-1:] if at is None else at, np.int64)
     if (moments[1:] < moments[:-1]).any():
         raise EventError("the moments `at` must grow.")
     cells = 2 * size[0] * size[1]
+    _check_room(len(moments), "moments", cells)
     last = np.zeros(cells, np.int64)
     fired = np.zeros(cells, bool)
     out = np.zeros((len(moments), cells), np.float32)
