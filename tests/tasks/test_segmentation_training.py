@@ -64,19 +64,6 @@ def go(data: str, out: str) -> None:
         train(EXACT, data, Path(out) / name, overrides=changes)
 
 
-def start(tmp_path, data, out, processes):
-    source = str(Path(importlib.util.find_spec("bitspike").origin).parents[1])
-    script = tmp_path / "go.py"
-    script.write_text("import importlib.util, sys; name, path, data, out, call = sys.argv[1:]\n"
-                      "s = importlib.util.spec_from_file_location(name, path); m = importlib.util.module_from_spec(s)\n"
-                      "sys.modules[name] = m; s.loader.exec_module(m); getattr(m, call)(data, out)\n")
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    call = "go" if processes > 1 else "slow_test"
-    return subprocess.Popen([sys.executable, *launcher, str(script), __name__, __file__, str(data), str(out), call],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return files.camvid(tmp_path_factory.mktemp("data"))
@@ -84,8 +71,8 @@ def data(tmp_path_factory):
 
 def test_the_loss_falls_and_the_run_is_read_again(data, tmp_path):
     result = train(RECIPE, data, tmp_path / "run", overrides={
-        "epochs": "10", "crop": "whole", "scales": "1", "colour_jitter": "0", "batch_size": "2", "optimizer": "muon",
-        "lr": "0.02"})
+        "epochs": "5", "crop": "whole", "scales": "1", "colour_jitter": "0", "batch_size": "2", "optimizer": "muon",
+        "lr": "0.03"})
     rows = read_metrics(tmp_path / "run")
     assert rows[-2]["loss"] < 0.8 * rows[0]["loss"] and {"test_miou", "test_pixel_accuracy", "test_n"} <= set(result)
     model, recipe = load_run(tmp_path / "run")
@@ -116,9 +103,16 @@ def test_a_run_goes_on_to_the_same_weights(data, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
 def test_two_processes_are_one(data, tmp_path):
-    process = start(tmp_path, data, tmp_path / "two", 2)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output[-3000:]
+    source = str(Path(importlib.util.find_spec("bitspike").origin).parents[1])
+    script = tmp_path / "go.py"
+    script.write_text("import importlib.util, sys; name, path, data, out = sys.argv[1:]\n"
+                      "s = importlib.util.spec_from_file_location(name, path); m = importlib.util.module_from_spec(s)\n"
+                      "sys.modules[name] = m; s.loader.exec_module(m); m.go(data, out)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), __name__, __file__,
+         str(data), str(tmp_path / "two")], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-3000:]
     for name, changes in WAYS.items():
         train(EXACT, data, tmp_path / "one" / name, overrides=changes)
         one, two = (load_file(tmp_path / part / name / "checkpoint" / "model.safetensors") for part in ("one", "two"))
@@ -130,32 +124,23 @@ def test_two_processes_are_one(data, tmp_path):
             assert abs(first[key] - second[key]) < 1e-4, key
 
 
-def slow_test(data: str, out: str) -> None:
-    """A training whose last evaluation takes long."""
-    torch.set_num_threads(1)
+def test_a_signal_during_the_last_evaluation_ends_it(data, tmp_path, monkeypatch, capfd):
     import bitspike.training as training
 
     real = training.evaluate
 
-    def slowly(*args, **kwargs):
-        print("evaluating", flush=True)
-        time.sleep(60)
-        return real(*args, **kwargs)
+    def stopped(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        raise AssertionError("the signal was left waiting")
 
-    training.evaluate = slowly
-    train(EXACT, data, out)
-
-
-def test_a_signal_during_the_last_evaluation_ends_it(data, tmp_path):
-    process = start(tmp_path, data, tmp_path / "run", 1)
-    for line in process.stdout:
-        if "evaluating" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    rest, _ = process.communicate(timeout=20)
-    assert process.returncode == 128 + signal.SIGTERM and "its test is not" in rest
+    monkeypatch.setattr(training, "evaluate", stopped)
+    with pytest.raises(training.Interrupted) as stop:
+        train(EXACT, data, tmp_path / "run")
+    assert stop.value.code == 128 + signal.SIGTERM and "its test is not" in capfd.readouterr().err
     state = json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())
     assert not state["finished"] and state["step"] == state["steps"]
+    monkeypatch.setattr(training, "evaluate", real)
     assert train(EXACT, data, tmp_path / "run")["test_n"] == 5
 
 
