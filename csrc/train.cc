@@ -37,7 +37,7 @@ T* at(uintptr_t address) {
 NB_MODULE(_train, m) {
   using namespace bitspike;
   using nogil = nb::call_guard<nb::gil_scoped_release>;
-  m.attr("version") = 3;  // what _train_kernels.py expects; an older build is not used
+  m.attr("version") = 4;  // what _train_kernels.py expects; an older build is not used
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("count_forward", [](uintptr_t x, uintptr_t y, uintptr_t mask, size_t count, bool bf16, float levels, float gain,
                             float scale, int threads) {

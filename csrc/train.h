@@ -26,7 +26,7 @@ struct LifShape {
   bool strict, detach;  // fire above the threshold only; no gradient through the reset
   int surrogate;
   float surrogate_parameter;
-  int high;   // codes of the stored potential: -high..high; with `bounds` only
+  int high;   // codes of the stored potential: -high..high, 0: not rounded; with `bounds` only
   bool tanh;  // the stored potential is tanh(v)
 };
 

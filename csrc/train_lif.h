@@ -77,7 +77,8 @@ inline void lif_reset(const LifShape& p, const float* h, const float* s, float* 
     for (size_t i = 0; i < kLifBlock; ++i) v[i] = h[i];
 }
 
-// The stored potential: v -> codes * step. z is what is rounded; its slope is 1 - z^2 where it is a tanh.
+// The stored potential: v -> codes * step. z is what is rounded; its slope is 1 - z^2 where it is a tanh. Without codes
+// (high = 0) it is z itself.
 template <class T>
 inline void lif_store(const LifShape& p, float bound, float* v, float* z) {
   const float high = static_cast<float>(p.high);
@@ -86,6 +87,10 @@ inline void lif_store(const LifShape& p, float bound, float* v, float* z) {
     for (size_t i = 0; i < kLifBlock; ++i) z[i] = T::round(tanh_fast(v[i]));
   else
     for (size_t i = 0; i < kLifBlock; ++i) z[i] = v[i];
+  if (p.high == 0) {
+    for (size_t i = 0; i < kLifBlock; ++i) v[i] = z[i];
+    return;
+  }
   for (size_t i = 0; i < kLifBlock; ++i) {
     float code = std::nearbyint(T::round(z[i] / step));
     code = code < -high ? -high : code;

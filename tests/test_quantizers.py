@@ -235,6 +235,20 @@ def test_binary_by_hand():
         published.codes(w)
 
 
+def test_binary_of_weights_as_they_are():
+    w = torch.tensor([[3.0, 1.0, 2.0, -2.0], [0.0, 0.25, 0.0, -0.75]])
+    plain = Binary(scale="mean", normalise=False)
+    codes, scale = plain.codes(w)
+    assert codes.tolist() == [[1, 1, 1, -1], [1, 1, 1, -1]] and scale.tolist() == [2.0, 0.25]
+    assert torch.equal(plain(w), codes * scale[:, None])
+    assert Binary(scale="pow2", normalise=False).codes(w)[1].tolist() == [2.0, 0.25]
+    leaf, outer = w.clone().requires_grad_(), weights((2, 4))
+    plain(leaf).backward(outer)
+    assert torch.equal(leaf.grad, outer * scale[:, None])
+    with pytest.raises(ValueError, match="exactly zero"):
+        Binary(zero="published", normalise=False).codes(w)
+
+
 def test_binary_gradients():
     w, outer = weights((4, 9), dtype=torch.float64), weights((4, 9), 1, torch.float64)
     normal = (w - w.mean(1, keepdim=True)) / w.std(1, keepdim=True)
@@ -301,6 +315,16 @@ def test_membrane_does_not_depend_on_the_batch_in_evaluation():
     assert torch.equal(membrane(torch.cat([u[:1], 100 * u[1:]]))[:1], alone)
 
 
+def test_membrane_of_32_bits_is_the_tanh_alone():
+    membrane, u = Membrane(32), (weights((3, 4)) * 3).requires_grad_()
+    z = membrane(u)
+    assert torch.equal(z, torch.tanh(u)) and float(membrane.bound) == 0
+    z.sum().backward()
+    torch.testing.assert_close(u.grad, 1 - torch.tanh(u.detach()) ** 2)
+    with pytest.raises(ValueError, match=r"no codes; take 2\.\.8 bits"):
+        membrane.codes(u)
+
+
 def test_membrane_bound_runs_in_training_only():
     membrane, u = Membrane(4, tanh=False), torch.ones(3)
     membrane(u)
@@ -317,7 +341,7 @@ def test_membrane_bound_runs_in_training_only():
     (lambda: LSQ(1), "For one bit use Binary"), (lambda: LSQ(9), "bits=9"), (lambda: PowerOfTwo(5), r"2\.\.4"),
     (lambda: PowerOfTwo(9, levels=False), r"2\.\.8"), (lambda: MaxScale(1), "bits=1"), (lambda: MaxScale(top="x"), "'x'"),
     (lambda: Binary("x"), "'ste', 'ir_net'"), (lambda: Binary(scale="x"), "scale='x'"), (lambda: Binary(zero="x"), "zero='x'"),
-    (lambda: Membrane(1), "bits=1"), (lambda: Membrane(8, "x"), "'x'"),
+    (lambda: Membrane(1), "bits=1"), (lambda: Membrane(32, tanh=False), "does nothing"), (lambda: Membrane(8, "x"), "'x'"),
 ])
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):

@@ -13,8 +13,10 @@ def schemes():
         known = OPTIONS.get(kind, {})
         return st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in known.items()})
 
-    return st.sampled_from(sorted(KINDS)).flatmap(lambda kind: st.builds(
-        Scheme, st.just(kind), st.sampled_from(KINDS[kind]), st.sampled_from(["channel", "tensor"]), options(kind)))
+    # 32-bit membranes take no options
+    widths = st.sampled_from([(kind, bits) for kind in sorted(KINDS) for bits in KINDS[kind]])
+    return widths.flatmap(lambda pair: st.builds(Scheme, st.just(pair[0]), st.just(pair[1]), st.sampled_from(
+        ["channel", "tensor"]), st.just({}) if pair == ("membrane", 32) else options(pair[0])))
 
 
 @given(st.lists(st.tuples(st.text(min_size=1), schemes()), max_size=5))
@@ -55,6 +57,8 @@ def test_a_rule_that_matches_nothing_names_the_nearest():
     (lambda: Scheme("lqs", 4), r"'lqs' \(nearest: 'lsq'\)"),
     (lambda: Scheme("lsq", 1), 'Scheme\\("binary"\\)'),
     (lambda: Scheme("lsq", 9), "bits=9"),
+    (lambda: Scheme("membrane", 32, options={"tanh": False}), "the tanh alone.*nothing to act on"),
+    (lambda: Scheme("membrane", 32, options={"scale": "batch"}), "the tanh alone"),
     (lambda: Scheme("lsq"), "bits=0"),
     (lambda: Scheme("lsq", True), "bits=True"),
     (lambda: Scheme("lsq", 4.0), "bits=4.0"),  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ except ImportError:  # a source tree without a compiler trains too, only slower
     _native = None
 
 # in a source tree the compiled module may be older than these lines: then it is as if there were none
-_native_: Any = _native if getattr(_native, "version", None) == 3 else None
+_native_: Any = _native if getattr(_native, "version", None) == 4 else None
 
 
 def isa() -> str | None:

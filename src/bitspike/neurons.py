@@ -167,7 +167,7 @@ class _Sequence(torch.autograd.Function):
             if membrane.moves:
                 next_bound = membrane.next_bound
             else:
-                bounds = membrane.bound.to(x.dtype).float().expand(x.shape[0]).contiguous()
+                bounds = membrane.known_bound(x.dtype).expand(x.shape[0]).contiguous()
         s, bounds = _train_kernels.lif_forward(x, shape, next_bound, bounds)
         ctx.neuron, ctx.lif_shape = neuron, shape
         ctx.save_for_backward(x, bounds)

@@ -324,35 +324,43 @@ class _Sign(torch.autograd.Function):
 
 
 class Binary(Quantizer):
-    """One bit: the sign of the weight, normalised per output channel.
+    """One bit: the sign of the weight, by default normalised per output channel.
 
-        w^ = (w - mean_o) / std_o       (gradients flow through both; unbiased std)
+        w^ = (w - mean_o) / std_o       normalise=True (gradients flow through both; unbiased std)
+           = w                          normalise=False
         codes = sign(w^), sign(0) = +1;   w_q = s_o * codes
-        s_o = 1 ("none"), 2^round(log2 mean_o|w^|) ("pow2"), mean_o|w - mean_o| ("mean": XNOR-Net); never takes a gradient
+        s_o = 1 ("none"), 2^round(log2 mean_o|w^|) ("pow2"), mean_o|c| ("mean"); never takes a gradient
+              c = w - mean_o normalised, c = w otherwise
         dL/dw^ = dL/dw_q * s_o          gradient "ste"
                = ... * k t (1 - tanh^2(t w^)),  t = 10^(-1 + 2 progress), k = max(1/t, 1)      gradient "ir_net"
+    `Binary(scale="mean", normalise=False)` is sign(w) * mean_o|w|, the weights of XNOR-Net: what is left of Q-SNN's weights
+    without their regulation.
     `progress` (0..1, training done) is a buffer, so that it is stored in checkpoints; set it with `anneal(progress)`.
 
-    Args: gradient, scale, zero ("plus"; "published": torch.sign, whose third level 0 cannot be deployed).
-    Deploys as: scheme `binary`. Source: IR-Net (CVPR 2020); BESTformer (scale "none", "ste"); Q-SNN ("pow2", "ir_net").
+    Args: gradient, scale, zero ("plus"; "published": torch.sign, whose third level 0 cannot be deployed), normalise.
+    Deploys as: scheme `binary`. Source: IR-Net (CVPR 2020); BESTformer (scale "none", "ste"); Q-SNN ("pow2", "ir_net");
+    XNOR-Net (ECCV 2016, section 3.1), whose gradient also goes through the scale and stops where |w| > 1: here neither.
     Differs from the released code: a constant channel, or one of a single weight, has its std floored at 1e-8 instead of
     dividing by zero; all its codes are sign(0).
 
     >>> Binary().codes(torch.tensor([[3.0, 1.0, 2.0, 2.0]]))[0].tolist()
     [[1, -1, 1, 1]]
+    >>> Binary(scale="mean", normalise=False)(torch.tensor([[3.0, 1.0, -2.0, 2.0]])).tolist()
+    [[2.0, 2.0, -2.0, 2.0]]
     """
 
     deploys_as = "binary"
     bits = 1
     progress: Tensor
 
-    def __init__(self, gradient: str = "ste", scale: str = "none", zero: str = "plus") -> None:
+    def __init__(self, gradient: str = "ste", scale: str = "none", zero: str = "plus",
+                 normalise: bool = True) -> None:
         super().__init__()
         for name, value, allowed in (("gradient", gradient, ("ste", "ir_net")), ("scale", scale, ("none", "pow2", "mean")),
                                      ("zero", zero, ("plus", "published"))):
             if value not in allowed:
                 raise ValueError(f"Binary: {name}={value!r}; allowed: {', '.join(map(repr, allowed))}.")
-        self.gradient, self.scale, self.zero = gradient, scale, zero
+        self.gradient, self.scale, self.zero, self.normalise = gradient, scale, zero, normalise
         self.register_buffer("progress", torch.zeros(()))
 
     def anneal(self, progress: float) -> None:
@@ -361,9 +369,11 @@ class Binary(Quantizer):
 
     def _normalise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         axes = _over_channels(w)
-        centred = w - w.mean(axes, keepdim=True)
-        std = centred.std(axes, keepdim=True, correction=min(1, w[0].numel() - 1))  # of a single weight: 0, not NaN
-        normal = centred / std.clamp_min(_smallest(w.dtype))
+        centred = normal = w
+        if self.normalise:
+            centred = w - w.mean(axes, keepdim=True)
+            std = centred.std(axes, keepdim=True, correction=min(1, w[0].numel() - 1))  # of a single weight: 0, not NaN
+            normal = centred / std.clamp_min(_smallest(w.dtype))
         if self.scale == "none":
             return normal, torch.ones_like(w[:, 0].reshape(w.shape[0], -1)[:, 0]).detach()
         if self.scale == "mean":
@@ -382,44 +392,66 @@ class Binary(Quantizer):
         normal, scale = self._normalise(w)
         sign = _Sign.apply(normal, None, self.zero == "plus").int()
         if not bool(sign.all()):
-            raise ValueError('Binary(zero="published"): a weight is exactly at its mean, and the third level 0 has no 1-bit '
+            where = "at its mean" if self.normalise else "zero"
+            raise ValueError(f'Binary(zero="published"): a weight is exactly {where}, and the third level 0 has no 1-bit '
                              'code. Use zero="plus".')
         return sign, scale
 
     def extra_repr(self) -> str:
-        return f"gradient={self.gradient!r}, scale={self.scale!r}, zero={self.zero!r}"
+        return f"gradient={self.gradient!r}, scale={self.scale!r}, zero={self.zero!r}, normalise={self.normalise}"
 
 
 # ---------------------------------------------------------------------------------------------- membrane
 class Membrane(nn.Module):
-    """k-bit membrane potential, applied after fire and reset, before the potential is stored.
+    """k-bit membrane potential, applied after fire and reset, before the potential is stored; with 32 bits its tanh alone.
 
         z = tanh(u) (or u);  codes = clip( round(z / (a/Q)), -Q, Q ),  out = codes * (a/Q),  Q = 2^(k-1) - 1
         gradient of tanh where |z| < a, 0 beyond
+        32 bits: out = tanh(u), and its gradient
+    tanh acts at every step: a leak that grows with the potential, which alone changes what a network computes. So what the
+    bits cost is seen against 32 bits, not against a network without a `Membrane`.
     a: "running" (default): a buffer, the running maximum of max|z| in training (momentum 0.1), fixed in evaluation, so no
     sample depends on its neighbours; "batch" (published): max|z| of this very batch, in evaluation too.
 
-    Args: bits 2..8; scale "running" | "batch"; tanh (published True: it is applied at every step and bounds |u| < 1).
-    Deploys as: the k-bit signed state of op `lif_packed`; scale "batch" cannot be deployed.
+    Args: bits 2..8 or 32; scale "running" | "batch"; tanh (published True: it is applied at every step and bounds |u| < 1;
+    with 32 bits it is all there is, so it cannot be switched off).
+    Deploys as: the k-bit signed state of op `lif_packed`; scale "batch" and 32 bits, whose tanh is no function of integers,
+    cannot be deployed.
     Source: Q-SNN (ACM MM 2024) section 3; released code has only "batch", which gives NaN for an all-zero potential
     (here: zero) and could not be deployed.
+
+    >>> Membrane(4).train()(torch.tensor([1.0, 0.3])).tolist() == Membrane(32)(torch.tensor([1.0, 0.3])).tolist()
+    False
+    >>> bool((Membrane(32)(torch.tensor([1.0, 0.3])) == torch.tensor([1.0, 0.3]).tanh()).all())
+    True
     """
 
     def __init__(self, bits: int = 8, scale: str = "running", tanh: bool = True, momentum: float = 0.1) -> None:
         super().__init__()
-        if not 2 <= bits <= 8:
-            raise ValueError(f"Membrane: bits={bits}; allowed: 2..8.")
+        if not (2 <= bits <= 8 or bits == 32):
+            raise ValueError(f"Membrane: bits={bits}; allowed: 2..8, or 32 for the tanh alone.")
         if scale not in ("running", "batch"):
             raise ValueError(f"Membrane: scale={scale!r}; allowed: 'running', 'batch'.")
+        if bits == 32 and not tanh:
+            raise ValueError("Membrane: bits=32 with tanh=False does nothing; leave the membrane out.")
         self.bits, self.scale, self.tanh, self.momentum = bits, scale, tanh, momentum
-        self.high = 2 ** (bits - 1) - 1
+        self.high = 2 ** (bits - 1) - 1 if self.quantizes else 0  # 0 tells the kernels of the tanh alone
         self.bound: Tensor
         self.register_buffer("bound", torch.zeros(()))
 
     @property
+    def quantizes(self) -> bool:
+        """Whether potentials are rounded, rather than only sent through tanh."""
+        return self.bits != 32
+
+    @property
     def moves(self) -> bool:
         """Whether the next potential decides on the bound."""
-        return self.scale == "batch" or self.training or bool(self.bound == 0)
+        return self.quantizes and (self.scale == "batch" or self.training or bool(self.bound == 0))
+
+    def known_bound(self, dtype: torch.dtype) -> Tensor:
+        """a where no potential decides on it, as a float32 scalar that is a number of `dtype`; infinite with 32 bits."""
+        return self.bound.to(dtype).float() if self.quantizes else torch.full_like(self.bound, math.inf).float()
 
     def next_bound(self, peak: Tensor) -> Tensor:
         """a, from the largest |u| of a step; moves the running one as `forward` does. For the one-pass kernels."""
@@ -439,6 +471,8 @@ class Membrane(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         z = torch.tanh(u) if self.tanh else u
+        if not self.quantizes:
+            return z
         a = self._bound(z, self.training)
         step = a / self.high
         levels = (z.detach() / step).round_().clamp_(-self.high, self.high)
@@ -447,7 +481,9 @@ class Membrane(nn.Module):
 
     @torch.no_grad()
     def codes(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Potential -> (int32 codes in -Q..Q, scale of shape [1]); the running bound stays what it is."""
+        """Potential -> (int32 codes in -Q..Q, scale of shape [1]); the running bound stays what it is. Not with 32 bits."""
+        if not self.quantizes:
+            raise ValueError("Membrane: 32 bits are the tanh alone and have no codes; take 2..8 bits.")
         z = torch.tanh(u) if self.tanh else u
         step = self._bound(z, False) / self.high
         return (z / step).round_().clamp_(-self.high, self.high).int(), step.reshape(1)

@@ -21,11 +21,12 @@ KINDS: dict[str, tuple[int, ...]] = {
     "pow2_scale": (2, 3, 4, 5, 6, 7, 8),
     "max": (2, 3, 4, 5, 6, 7, 8),
     "binary": (1,),
-    "membrane": (2, 3, 4, 5, 6, 7, 8),
+    "membrane": (2, 3, 4, 5, 6, 7, 8, 32),  # 32: the tanh without the rounding
 }
 #: options that only change how a scheme trains, never what it deploys as
 OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "binary": {"gradient": ("ste", "ir_net"), "scale": ("none", "pow2", "mean"), "zero": ("plus", "published")},
+    "binary": {"gradient": ("ste", "ir_net"), "scale": ("none", "pow2", "mean"), "zero": ("plus", "published"),
+               "normalise": (True, False)},
     "membrane": {"scale": ("running", "batch"), "tanh": (True, False)},
     "lsq": {"init": ("tensor", "channel")},
     "uniform": {"step": ("lsq", "normal")},
@@ -45,7 +46,7 @@ class Scheme:
     kind: "full" (left alone), "lsq" (uniform signed k-bit, learned step), "uniform" (the
     same, the step follows the mean size of the weights), "pow2" (levels are powers of two),
     "pow2_scale" (uniform levels, the step is a power of two), "max" (uniform levels up to the largest weight),
-    "binary" (normalised sign), "membrane" (LIF potential).
+    "binary" (sign of the normalised weight), "membrane" (LIF potential; 32 bits: its tanh, not rounded).
     bits: width of one code. per: "channel" (one scale per output channel) or "tensor".
     options: training-side choices, see `OPTIONS`.
 
@@ -84,6 +85,9 @@ class Scheme:
             if value not in known[name]:
                 raise SpecError(f"Scheme {self.kind!r}, option {name}={value!r}: allowed are "
                                 f"{', '.join(map(repr, known[name]))}.")
+        if self.kind == "membrane" and self.bits == 32 and self.options not in ({}, {"tanh": True}):
+            raise SpecError(f"Scheme 'membrane' with bits=32 is the tanh alone: options={dict(self.options)} have nothing to "
+                            "act on. Leave them out, or the rule where no tanh is wanted.")
 
     def __hash__(self) -> int:
         return hash((self.kind, self.bits, self.per, tuple(sorted(self.options.items()))))

@@ -189,6 +189,14 @@ def test_late_reset_is_a_soft_reset_by_another_amount(tmp_path: Path) -> None:
     assert wrong_counts(net, tmp_path / "a.bitspike", pixels) <= BOUNDARY
 
 
+def test_a_membrane_that_is_not_rounded_is_refused_with_advice(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 10, 10, 3), np.uint8)
+    net = quantize_(Recurrent(4), QuantSpec({"*neuron*": Scheme("membrane", 32)}))
+    with pytest.raises(ExportError, match=r"neuron1: a Membrane of 32 bits is a tanh that is not rounded.* 2\.\.8 bits"):
+        exported(net, tmp_path / "a.bitspike", pixels, 4)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("neuron", "options", "message"), [
     ({}, {"scale": "batch"}, r'neuron1: a Membrane with scale="batch" depends on the other pictures .* "running"'),
     ({"reset": "late", "decay": 0.0}, None, r'neuron1: .* reset="late" and decay 0 has no integer form; use reset="soft"'),

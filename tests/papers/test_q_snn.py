@@ -18,6 +18,7 @@ from bitspike.models import spiking_resnet  # noqa: E402
 from bitspike.objectives import classification_loss  # noqa: E402
 from bitspike.papers import q_snn as paper  # noqa: E402
 from bitspike.quantizers import Binary, MaxScale, Membrane  # noqa: E402
+from bitspike.spec import QuantSpec  # noqa: E402
 from bitspike.training import train  # noqa: E402
 
 
@@ -43,9 +44,28 @@ def test_spec(bits):
     inner = [quantizer for name, quantizer in kinds.items() if name not in ("stem.conv", "head")]
     assert all(isinstance(q, Binary) and (q.gradient, q.scale) == ("ir_net", "pow2") for q in inner)
     membranes = [neuron.membrane for neuron in neurons_with_membrane(model).values()]
-    assert all(m is None for m in membranes) if bits == 32 else all(m.bits == bits for m in membranes)
-    plain = paper.spec("stem.conv", regulated=False).resolve(["stem.conv", "a", "head"])
-    assert plain["a"].options == {"gradient": "ste", "scale": "mean"}
+    assert membranes and all(m.bits == bits and m.tanh for m in membranes)  # the tanh stays where the rounding goes
+    assert QuantSpec.from_json(recipe.spec.to_json()) == recipe.spec
+
+
+def test_without_regulation_the_weights_are_the_plain_sign_times_the_mean():
+    """sign(w) mean|w|, of weights whose mean is far from zero: normalised, half of them would change sign."""
+    model = build(replace(paper.RECIPES["q_snn.cifar10_small"], spec=paper.spec("stem.conv", regulated=False), model=tiny))
+    layer = next(layer for layer in quantizable(model).values() if isinstance(quantizer_of(layer), Binary))
+    latent = latent_weight(layer)
+    with torch.no_grad():
+        latent.abs_().add_(0.1)
+    layer.weight.sum().backward()
+    means = latent.detach().abs().mean((1, 2, 3), keepdim=True)
+    assert torch.equal(layer.weight, means.expand_as(latent))
+    assert torch.allclose(latent.grad, means.expand_as(latent))  # straight through, times the scale
+
+
+def test_the_float_twin_differs_in_its_bits_alone():
+    twin = build(paper.RECIPES["q_snn.cifar10_small_float"])
+    assert all(quantizer_of(layer) is None for layer in quantizable(twin).values())
+    membranes = [neuron.membrane for neuron in neurons_with_membrane(twin).values()]
+    assert membranes and all(m.bits == 32 and m.tanh for m in membranes)
 
 
 # ---------------------------------------------------------------------------------------------- regulation

@@ -15,7 +15,8 @@ def membrane_table(membrane: Any, one: float, layer: str) -> tuple[int, float, A
 
     The code is the number of entries that are at most the potential, less half of them. tanh is monotone, so it only moves the
     entries; and since torch rounds half to even, an even code is reached at its edge, an odd one past it.
-    Errors: ExportError naming the layer for a membrane that is none of ours, or whose scale depends on the batch.
+    Errors: ExportError naming the layer for a membrane that is none of ours, whose scale depends on the batch, or that is not
+    rounded.
 
     >>> quarter = Membrane(3, tanh=False)
     >>> _ = quarter.bound.fill_(0.75)
@@ -26,6 +27,9 @@ def membrane_table(membrane: Any, one: float, layer: str) -> tuple[int, float, A
     if not isinstance(membrane, Membrane):
         raise ExportError(f"{layer}: a LIF neuron whose membrane is a {type(membrane).__name__} cannot be exported; a "
                           "bitspike.quantizers.Membrane can.")
+    if not membrane.quantizes:
+        raise ExportError(f"{layer}: a Membrane of 32 bits is a tanh that is not rounded, which integers cannot compute; train "
+                          'with Scheme("membrane", bits), 2..8 bits, or without a membrane rule, which is 32-bit integers.')
     if membrane.scale == "batch":
         raise ExportError(f'{layer}: a Membrane with scale="batch" depends on the other pictures of the batch and cannot '
                           'be deployed; train with Scheme("membrane", bits, options={"scale": "running"}), the default.')

@@ -13,7 +13,7 @@ part 1)
                                                                           (release: max(w); top="signed" gives it).
 8/4/2-bit membrane after the        `quantizers.Membrane`                 The scale is a running maximum, fixed in evaluation
 reset, through tanh                                                       (release: maximum of the batch, test time too;
-                                                                          scale="batch" gives it).
+                                                                          scale="batch" gives it). 32 bits: tanh alone.
 spike regulation (part 2): firing   `regulated` below                     As in the release: a squared distance; the paper
 rates towards 1/2                                                         speaks of entropy, which is largest there too.
 TET: the loss of every step         `objectives.temporal_loss`
@@ -40,18 +40,18 @@ __all__ = ["RECIPES", "regulated", "spec", "spike_regulation"]
 
 
 def spec(first: str, membrane: int = 8, weights: bool = True, regulated: bool = True) -> QuantSpec:
-    """The paper's: 8-bit ends, binary between them, `membrane`-bit potentials (32: float) in every neuron.
+    """The paper's: 8-bit ends, binary between them, `membrane`-bit potentials in every neuron.
 
-    first: name of the first convolution; the last layer is called head. regulated: normalised weights with the annealed
-    gradient; without it the plain sign with a mean scale (XNOR-Net's) and the straight-through gradient.
+    first: name of the first convolution; the last layer is called head. membrane: 8, 4, 2 or 32, float potentials that go
+    through the same tanh: the neuron to compare with, since the tanh, not the rounding, is a leak of its own. weights:
+    False leaves them float, and with 32-bit membranes that is the float twin. regulated: normalised weights with the annealed
+    gradient; without it sign(w) mean|w| of the weights as they are (XNOR-Net's) and the straight-through gradient.
     """
     binary = (Scheme("binary", options={"gradient": "ir_net", "scale": "pow2"}) if regulated
-              else Scheme("binary", options={"gradient": "ste", "scale": "mean"}))
+              else Scheme("binary", options={"gradient": "ste", "scale": "mean", "normalise": False}))
     ends = Scheme("max", 8, per="tensor")
     rules = [("*", binary), (first, ends), ("head", ends)] if weights else []
-    if membrane < 32:
-        rules.append(("*", Scheme("membrane", membrane)))
-    return QuantSpec(rules)
+    return QuantSpec([*rules, ("*", Scheme("membrane", membrane))])
 
 
 # --------------------------------------------------------------------------------------------- regulation
@@ -136,6 +136,9 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
     replace(_SMALL, claim="ours: 69.1 % after one epoch, 179 kB (see RESULTS.md); the full schedule is not measured yet",
             cost="about 25 minutes on one CPU core. "
             + train_command("q_snn.cifar10_small")),
-    replace(_SMALL, name="q_snn.cifar10_small_float", spec=None, lr=0.03, claim="ours: the float twin, not measured yet",
-            cost="as cifar10_small. " + train_command("q_snn.cifar10_small_float")),
+    replace(_SMALL, name="q_snn.cifar10_small_float", spec=spec("stem.conv", 32, weights=False), lr=0.03,
+            claim="ours: the float twin, not measured yet",
+            cost="as cifar10_small. " + train_command("q_snn.cifar10_small_float"),
+            notes=_SMALL.notes + " Weights and potentials are float; the potentials go through cifar10_small's tanh, so that "
+            "the two differ in their bits alone."),
 )}
