@@ -119,6 +119,7 @@ def evaluate_file(net: Segmenter | Detector, target: str, name: str, data_dir: P
 
     from bitspike.data import DataError
     from bitspike.data import load as load_data
+    from bitspike.evaluation import limited
     from bitspike.recipe import Recipe
     from bitspike.tasks import task_of
 
@@ -128,8 +129,10 @@ def evaluate_file(net: Segmenter | Detector, target: str, name: str, data_dir: P
     if list(data.classes) != net.classes:
         raise DataError(f"{target} has {len(net.classes)} classes ({net.classes[0]!r} ...), {name} there has "
                         f"{len(data.classes)} ({data.classes[0]!r} ...).")
-    recipe: Any = Recipe(net.header["name"], torch.nn.Identity, task=net.task, data=name)  # type: ignore[arg-type]
-    task, scenes = task_of(recipe), _scenes(data.split(split))
+    pictures = settings.get("pictures")
+    recipe: Any = Recipe(net.header["name"], torch.nn.Identity, task=net.task, data=name,  # type: ignore[arg-type]
+                         pictures=pictures if isinstance(pictures, int) and pictures > 0 else 0)
+    task, scenes = task_of(recipe), _scenes(limited(data, recipe).split(split))
     meter = task.meter(recipe, data, torch.device("cpu"))
     seconds = 0.0
     for i in range(len(scenes)):
