@@ -12,7 +12,7 @@ pytest.importorskip("torchvision")
 
 from torchvision import tv_tensors  # noqa: E402
 
-from bitspike.data import load  # noqa: E402
+from bitspike.data import DataError, load  # noqa: E402
 from bitspike.data.scene_loader import (  # noqa: E402
     SceneAugment,
     SceneBatches,
@@ -100,6 +100,14 @@ def test_evaluation_takes_pictures_as_they_are(split):
     pictures, targets = whole[0][0]
     assert targets[0]["original_size"].tolist() == [40, 56] == targets[0]["size"].tolist()
     assert torch.equal(pictures[0][:, :40, :56], split.image(0)) and targets[0]["semantic"].shape == (40, 56)
+
+
+def test_a_map_that_is_gone_is_an_error_of_its_own(tmp_path):
+    split = load("camvid", files.camvid(tmp_path, {"train": 4, "val": 2})).split("train+val")
+    (tmp_path / "camvid" / "trainannot" / "002.png").unlink()
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"002\.png: missing annotation; mend or remove it"):
+            list(batches(split, workers=workers).step(0))
 
 
 def test_long_side():

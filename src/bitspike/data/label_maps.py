@@ -37,8 +37,9 @@ class MapReader(Protocol):
 class MapError(DataError):
     """A label map that cannot be used: `kind` in words that are the same for every such map, and details."""
 
-    def __init__(self, path: Path, kind: str, details: str = "") -> None:
-        super().__init__(f"{path}: {kind}{f' ({details})' if details else ''}; mend or remove it.")
+    def __init__(self, path: Path | str, kind: str = "", details: str = "") -> None:
+        # a worker process hands over nothing but the text
+        super().__init__(f"{path}: {kind}{f' ({details})' if details else ''}; mend or remove it." if kind else str(path))
         self.kind, self.details = kind, details
 
 
