@@ -14,6 +14,7 @@ from PIL import Image
 
 from bitspike import cli
 from bitspike.deploy import artifact
+from bitspike.deploy.runtime import builtin_names
 
 
 def write_colours(path, **header):
@@ -194,6 +195,11 @@ def test_recipes_and_layers(capsys):
     assert call("recipes") == 0
     text = capsys.readouterr().out
     assert "demo.four_bit" in text and "\u2026" not in text
+    assert call("recipes", "demo", "four") == 0
+    text = capsys.readouterr().out
+    assert "demo.four_bit" in text and "fashion_mnist_sample, 4 bits" in text and "demo.float" not in text
+    assert call("recipes", "fashion_mnist_sample", "cifar10") == 2
+    assert "'fashion_mnist_sample' and 'cifar10'" in capsys.readouterr().err
     assert call("layers", "demo.four_bit") == 0
     text = capsys.readouterr().out
     assert "LSQ, 4 bits" in text and "IELIF(levels=4" in text and "groups.0.conv" in text
@@ -210,6 +216,23 @@ def test_unknown_recipe_names_the_nearest(command, tmp_path, monkeypatch, capsys
     error = capsys.readouterr().err
     assert "'demo.four_bit'" in error and "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [("export", "-o", "x.bitspike"), ("profile",), ("eval",), ("bench",),
+                                     ("search", "--budget", "bits=3", "--out", "found")])
+def test_missing_run_is_not_taken_for_a_recipe(command, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    assert call(command[0], "runs/none", *command[1:]) == 2
+    assert "runs/none: no such RUN folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_built_in_networks_are_named_in_the_help(capsys):
+    for command in ((), ("run",)):
+        assert call(*command, "--help") == 0
+        text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+        assert all(name in text for name in builtin_names())
 
 
 @pytest.mark.parametrize("setting,says", [("epoch=1", "'epochs'"), ("epochs", "field=value"), ("epochs=many", "a number"),

@@ -5,11 +5,11 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 import bitspike
 from bitspike.cli import bench, desk, device, search
@@ -18,18 +18,19 @@ from bitspike.extras import explain
 
 ERROR, INTERRUPTED = 2, 1
 
-app = App(name="bitspike", version=bitspike.__version__, help="Low-bit spiking vision networks, from training to a device.",
+HELP = ("Low-bit spiking vision networks, from training to a device.\n\n"
+        "A RECIPE is a network with all that its training needs, a RUN the folder that training writes, a .bitspike FILE all "
+        "that a device needs. The files cifar10, cifar10-binary and cifar10-binary-spikes are inside the package.")
+
+# no --no-json, --empty-set and their like: nothing here is on, or filled, by default
+app = App(name="bitspike", version=bitspike.__version__, help=HELP, default_parameter=Parameter(negative=()),
           help_format="plaintext", result_action="return_value", suppress_keyboard_interrupt=False)
-app.command(device.run)
-app.command(desk.train)
-app.command(desk.evaluate, name="eval")
-app.command(search.search)
-app.command(desk.export)
-app.command(desk.profile)
-app.command(bench.bench)
-app.command(desk.layers)
-app.command(desk.recipes)
-app.command(desk.demo)
+# in the order of use, and shown so
+_COMMANDS: dict[str, Callable[..., int]] = {
+    "demo": desk.demo, "recipes": desk.recipes, "layers": desk.layers, "train": desk.train, "eval": desk.evaluate,
+    "search": search.search, "export": desk.export, "run": device.run, "profile": desk.profile, "bench": bench.bench}
+for _place, (_name, _command) in enumerate(_COMMANDS.items()):
+    app.command(_command, name=_name, sort_key=_place)
 
 
 def _message(error: BaseException) -> str | None:

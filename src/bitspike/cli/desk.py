@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.table import Table
+from rich.text import Text
 
 from bitspike.cli.messages import console, print_wide, warn
 from bitspike.cli.options import Data, JsonFile, Settings, read_settings
@@ -193,7 +194,7 @@ def layers(recipe: str, /, *, settings: Settings = ()) -> int:
     Parameters
     ----------
     recipe
-        Name of a recipe.
+        Name of a recipe; 'bitspike recipes' lists them.
     settings
         Override a field of the recipe: --set field=value; may be repeated.
     """
@@ -205,18 +206,31 @@ def layers(recipe: str, /, *, settings: Settings = ()) -> int:
     return 0
 
 
-def recipes() -> int:
-    """List the recipes: name, data, bits, claim, cost."""
+def recipes(words: list[str] | None = None, /) -> int:
+    """List the recipes: name, data, bits, claimed result, cost of training and its command.
+
+    Parameters
+    ----------
+    words
+        Only recipes with all these words in their name or data: q_snn, or cifar10 small.
+    """
     from bitspike.cli.models import bits_of
     from bitspike.papers import all_recipes
+    from bitspike.recipe import RecipeError
 
+    known = all_recipes()
+    found = [recipe for name, recipe in known.items() if all(word in f"{name} {recipe.data}" for word in words or ())]
+    if not found:
+        raise RecipeError(f"no recipe has {' and '.join(map(repr, words or ()))} in its name or data; there are {len(known)}: "
+                          "'bitspike recipes' lists them all.")
     table = Table(show_lines=True)
-    for heading in ("recipe", "data", "bits"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("claim", "cost"):
-        table.add_column(heading, overflow="fold")
-    for name, recipe in all_recipes().items():
-        table.add_row(name, recipe.data, bits_of(recipe), recipe.claim, recipe.cost)
+    table.add_column("recipe\ndata, bits of the weights", no_wrap=True)
+    table.add_column("claim\ncost", overflow="fold")
+    for recipe in found:
+        bits = bits_of(recipe)
+        width = bits if bits == "float" else f"{bits} bit{'s' * (bits != '1')}"
+        table.add_row(Text.assemble((recipe.name, "bold"), f"\n  {recipe.data}, {width}"),
+                      Text(f"{recipe.claim}\n{recipe.cost}"))
     print_wide(table)
     return 0
 

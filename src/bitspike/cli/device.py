@@ -45,7 +45,7 @@ def run(file: str, inputs: list[Path], /, *, as_json: Annotated[bool, Parameter(
     Parameters
     ----------
     file
-        Path of a .bitspike file, or the name of a built-in network (cifar10).
+        Path of a .bitspike file, or the name of a built-in network: cifar10, cifar10-binary or cifar10-binary-spikes.
     inputs
         Picture files, or folders of them; for a network of event frames, recordings of any format that is read.
     as_json

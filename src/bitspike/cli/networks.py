@@ -19,13 +19,20 @@ if TYPE_CHECKING:
 Pixels = np.ndarray  # uint8 [N, H, W, C], or sequences of frames [T, N, H, W, C]
 
 
+class TargetError(ValueError):
+    """A path where nothing is."""
+
+
 def kind_of(target: str) -> str:
-    """"run", "file" or "recipe"."""
+    """"run", "file" or "recipe". Errors: TargetError for a path, told by its separator, that does not exist."""
     path = Path(target)
     if path.is_dir():
         return "run"
     if path.is_file() or target.endswith(".bitspike") or target in builtin_names():
         return "file"
+    if len(path.parts) > 1:
+        raise TargetError(f"{target}: no such RUN folder, and no recipe is called so. 'bitspike train' writes RUN folders; "
+                          "'bitspike recipes' lists the recipes.")
     return "recipe"
 
 

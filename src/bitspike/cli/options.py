@@ -7,10 +7,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 Data = Annotated[Path | None, Parameter(name="--data", env_var="BITSPIKE_DATA")]
-Settings = Annotated[tuple[str, ...], Parameter(name="--set", negative=(), consume_multiple=False)]
+Settings = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=False, show_default=False)]
 JsonFile = Annotated[Path | None, Parameter(name="--json")]
 #: an option of one word that may be repeated
-Words = Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=False)]
+Words = Annotated[tuple[str, ...], Parameter(consume_multiple=False, show_default=False)]
 
 
 def read_settings(settings: tuple[str, ...]) -> dict[str, str]:

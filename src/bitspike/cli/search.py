@@ -28,8 +28,7 @@ def search(target: str, /, *, budget: Words, out: Path, data: Data = None, metho
     target
         A trained RUN folder, or the name of a recipe (random weights: only costs mean something then).
     budget
-        bits=3.2 (average), bytes=900kB (file), energy=25uJ (per image) or drop=1.0 (points of accuracy before fine-tuning); may
-        be repeated, all hold.
+        bits=3.2 (average), bytes=900kB (file), energy=25uJ (an image) or drop=1.0 (points lost before tuning). Repeated: all.
     out
         Folder for results and measurements.
     data
@@ -45,13 +44,13 @@ def search(target: str, /, *, budget: Words, out: Path, data: Data = None, metho
     images
         Training pictures to look at, half of them for the norms' statistics.
     trials
-        For blackbox.
+        For blackbox: how many specs to try.
     steps
-        For differentiable.
+        For differentiable: training steps of the search.
     storage
         For blackbox: optuna's storage, shared by several processes or machines. Default: a file in DIR.
     technology
-        45nm, bit_proportional or a JSON file of constants.
+        Energy of the operations: 45nm, bit_proportional or a JSON file of constants.
     cheap
         With drop=...: what to make small, bytes or energy.
     seed
