@@ -1,4 +1,4 @@
-"""Data sets with label maps, on files written here; the real ones where BITSPIKE_DENSE or shared/data has them."""
+"""Data sets with label maps, on files written here; the real ones where BITSPIKE_DATA or shared/data has them."""
 from __future__ import annotations
 
 import importlib.util
@@ -28,9 +28,9 @@ def target(split, index):
 
 
 def real(name: str) -> Path:
-    root = Path(os.environ.get("BITSPIKE_DENSE") or Path(__file__).parents[2].parent / "shared" / "data")
+    root = Path(os.environ.get("BITSPIKE_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
     if not (root / name).is_dir():
-        pytest.skip(f"no {name} in {root}; set BITSPIKE_DENSE to the folder that holds it")
+        pytest.skip(f"no {name} in {root}; set BITSPIKE_DATA to the folder that holds it")
     return root
 
 
