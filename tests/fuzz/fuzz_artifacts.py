@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.deploy.random_programs import random_artifact, random_images
 from tests.deploy.small_artifact import assemble, small
+from tests.deploy.small_scenes import ALL
 
-from bitspike.deploy import ArtifactError, Net, kernels
+from bitspike.deploy import ArtifactError, Detector, ImageError, Net, Segmenter, kernels
 from bitspike.deploy.artifact import encode, parse
 
 _MOST_MACS, _MOST_BYTES, _MOST_PIXELS = 3_000_000, 8_000_000, 200_000
@@ -153,6 +154,25 @@ def check_run(net: Net, rng: np.random.Generator) -> None:
             raise Finding(f"{way} differs from numpy")
 
 
+def check_scenes(net: Segmenter | Detector, rng: np.random.Generator) -> None:
+    """A segmenter's or detector's answer is that of numpy's definitions; or the picture is refused."""
+    how = net.letterbox
+    if max(how.short, how.multiple) > 200 or not 0 < how.long <= 200:
+        return
+    picture = rng.integers(0, 256, (*rng.integers(1, 60, 2), net.input_shape[2])).astype(np.uint8)
+    try:
+        (expected,) = _on("numpy", net, [picture], 1)
+    except ImageError as error:
+        if len(str(error)) > 2000 or not str(error).isprintable():
+            raise Finding("the message is too long, or could command a terminal") from None
+        return
+    for name in kernels.available()[1:]:
+        (found,) = _on(name, net, [picture], int(rng.integers(1, 4)))
+        pairs = [(expected, found)] if isinstance(net, Segmenter) else [(expected[key], found[key]) for key in expected]
+        if any(a.shape != b.shape or not np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in pairs):
+            raise Finding(f"{name} differs from numpy on a scene")
+
+
 def _step_by_step(net: Net, images: np.ndarray) -> np.ndarray:
     from bitspike.deploy.errors import StepError
     from bitspike.deploy.steps import Steps
@@ -171,13 +191,17 @@ def one_round(seed: int, number: int) -> tuple[bytes, str]:
     """(the file, what became of it). Raises what must not happen."""
     rng = np.random.default_rng([seed, number])
     header, tensors = small() if rng.random() < 0.05 else random_artifact(int(rng.integers(2**31)), int(rng.integers(3, 24)))
+    scenes = rng.random() < 0.25
+    if scenes:
+        header, tensors = list(ALL.values())[int(rng.integers(len(ALL)))](int(rng.integers(2**31)))
     data = encode(header, tensors)
     valid = rng.random() < 0.3
     if not valid:
         data = damaged(data, rng)
     one_round.data = data  # type: ignore[attr-defined]  # for the report, should anything be raised below
     try:
-        net = Net(parse(data))
+        found = parse(data)
+        net = {"segmentation": Segmenter, "detection": Detector}.get(found.task, Net)(found)
     except ArtifactError as error:
         if valid:
             raise Finding(f"a valid file was refused: {error}") from None
@@ -188,7 +212,7 @@ def one_round(seed: int, number: int) -> tuple[bytes, str]:
     pixels = int(np.prod(net.input_shape)) * net.input_steps
     if sum(op.macs for op in program.ops) > _MOST_MACS or program.live_bytes > _MOST_BYTES or pixels > _MOST_PIXELS:
         return data, "too large to run"
-    check_run(net, rng)
+    (check_run if isinstance(net, Net) else check_scenes)(net, rng)
     return data, "ran" if valid else "damaged, ran"
 
 

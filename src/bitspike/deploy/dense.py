@@ -31,6 +31,7 @@ _Call = Callable[[str, Executor, NDArray[np.uint8]], list[Array]]
 
 MAX_CANVASES = 8              # sizes of pictures whose program is kept ready
 MAX_MASK_BYTES = 1 << 30      # of one picture's masks
+REGION_BYTES = 32 << 20       # of the regions that are looked at together
 
 
 class DenseNet:
@@ -192,8 +193,10 @@ class Detector(DenseNet):
         count, seen = thread_count(threads), dict[str, dict[str, Array]]()
 
         def watch(name: str, run: Executor, x: NDArray[np.uint8]) -> list[Array]:
-            seen[name] = run.trace(x, count)
-            return [seen[name][output] for output in run.program.outputs]
+            values = run.trace(x, count)
+            before = seen.get(name)  # regions come in parts, where they are many
+            seen[name] = values if before is None else {k: np.concatenate([before[k], v], 1) for k, v in values.items()}
+            return [values[output] for output in run.program.outputs]
 
         self._detect(scene, watch)
         return seen
@@ -268,12 +271,17 @@ class Detector(DenseNet):
         x = regions.roi_align(maps, boxes, levels, strides, part.side, self.detection.sampling, regions.PLACE_BITS)
         return regions.codes_of(x, part.m, part.s, part.levels)[None]
 
-    def _said(self, part: Part, maps: list[Array], boxes: Array, call: _Call) -> list[NDArray[np.float32]]:
-        run = self.parts[part.name]
-        if not len(boxes):
-            made = [part.program.values[name] for name in part.program.outputs]
-            return [np.zeros((0, y.height, y.width, y.channels), np.float32) for y in made]
-        return [run.real(y[0]) for y in call(part.name, run, self.codes(maps, boxes, part))]
+    def _said(self, part: Part, maps: list[Array], boxes: Array, call: _Call,
+              only: NDArray[np.int64] | None = None) -> list[NDArray[np.float32]]:
+        """What a program of regions says of each box `[R, h, w, C]`; only: one channel of each, `[R, h, w]`."""
+        run, made = self.parts[part.name], [part.program.values[name] for name in part.program.outputs]
+        some = max(1, REGION_BYTES // (8 * part.side**2 * maps[0].shape[2] + sum(y.image_bytes for y in made)))
+        pieces = [[np.zeros((0, y.height, y.width, y.channels)[: 4 if only is None else 3], np.float32) for y in made]]
+        for first in range(0, len(boxes), some):
+            rows = slice(first, first + some)
+            found = [run.real(y[0]) for y in call(part.name, run, self.codes(maps, boxes[rows], part))]
+            pieces.append(found if only is None else [y[np.arange(len(y)), :, :, only[rows]] for y in found])
+        return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
 
     def _by_regions(self, maps: list[Array], proposals: Array, scene: Scene, call: _Call) -> dict[str, Array]:
         d, classes = self.detection, len(self.header["classes"])
@@ -287,6 +295,5 @@ class Detector(DenseNet):
         keep = keep[large(boxes[keep], 1e-2)]
         found = self._kept(boxes[keep], scores[keep], labels[keep])
         if d.mask is not None:
-            masks = self._said(d.mask, maps, found["boxes"], call)[0]
-            found["masks"] = sigmoid(masks[np.arange(len(masks)), :, :, found["labels"] + 1])
+            found["masks"] = sigmoid(self._said(d.mask, maps, found["boxes"], call, found["labels"] + 1)[0])
         return found

@@ -152,8 +152,11 @@ def letterbox(picture: NDArray[np.uint8], how: Letterbox) -> Scene:
     size = max(1, round(height * factor)), max(1, round(width * factor))
     if size[0] * size[1] > MAX_PIXELS or max(size) > MAX_SIDE:
         raise ImageError(f"a picture of {height} x {width} pixels is too narrow for a shorter side of {how.short}")
-    canvas = tuple(-(-n // how.multiple) * how.multiple for n in size)
-    return _placed(picture, size, (canvas[0], canvas[1]), how.border)
+    canvas = -(-size[0] // how.multiple) * how.multiple, -(-size[1] // how.multiple) * how.multiple
+    if canvas[0] * canvas[1] > MAX_PIXELS:
+        raise ImageError(f"a picture of {height} x {width} pixels takes {canvas[0]} x {canvas[1]} with its border; at most "
+                         f"{MAX_PIXELS} pixels are allowed")
+    return _placed(picture, size, canvas, how.border)
 
 
 def on_canvas(picture: NDArray[np.uint8], height: int, width: int, border: Sequence[int]) -> Scene:

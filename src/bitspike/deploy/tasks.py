@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from bitspike.deploy.errors import ArtifactError
 from bitspike.deploy.fields import Fields, shown
-from bitspike.deploy.program import LIMITS, MAX_CHANNELS, MAX_SIDE, Program, Value, check_program
+from bitspike.deploy.program import LIMITS, MAX_CHANNELS, MAX_LIVE_BYTES, MAX_SIDE, Program, Value, check_program
 
 MAX_LEVELS = 12
 MAX_ANCHORS = 64          # of one cell
-MAX_CANDIDATES = 100_000  # boxes that are sorted, compared or cut out, of one level or picture
+MAX_CANDIDATES = 10_000   # boxes that are sorted, compared or cut out, of one level or picture
 MAX_BOXES = 1000          # given back, of one picture
 MAX_REGION_SIDE = 128
 TASKS = ("classification", "segmentation", "detection")
@@ -221,6 +221,10 @@ def check_parts(found: Any, detection: Detection, channels: int, classes: int, t
         return detection
     if channels > MAX_CHANNELS:
         raise ArtifactError(f"header 'detection': maps of {channels} channels; at most {MAX_CHANNELS} are allowed")
+    needed = 20 * detection.proposals * (classes + 1)  # bytes of what is said of all regions
+    if needed > MAX_LIVE_BYTES:
+        raise ArtifactError(f"header 'detection': {detection.proposals} proposals of {classes} classes take {needed} bytes; at "
+                            f"most {MAX_LIVE_BYTES} are allowed")
     of_box, of_mask = (("classes", classes + 1, 0), ("deltas", 4 * (classes + 1), 0)), (("masks", classes + 1, 1),)
     box = _part(found["box"], "box", channels, of_box, tensors, program)
     mask = _part(found["mask"], "mask", channels, of_mask, tensors, program) if "mask" in found else None
