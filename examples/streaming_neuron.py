@@ -3,7 +3,8 @@ import torch
 
 from bitspike.neurons import IELIF, LIF
 
-drive = torch.rand(6, 1, 4) * 2  # [T, B, C]
+torch.manual_seed(0)
+drive = torch.rand(6, 1, 4) * 4  # [T, B, C]
 for neuron in (LIF(decay=0.5), IELIF(4, decay=0.25)):
     whole = neuron(drive)
     potential, steps = torch.zeros_like(drive[0]), []
