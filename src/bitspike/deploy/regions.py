@@ -13,6 +13,7 @@ from bitspike.deploy.resample import bilinear
 #: places between two cells are taken in steps of 2^-14, and means rounded to whole potentials: then the last digits of a box,
 #: which depend on the machine's exponential function, and the order of sums hardly ever show
 PLACE_BITS = 14
+_TOGETHER = 64  # regions whose weights exist at the same time
 
 
 def level_of(boxes: Boxes, strides: Sequence[int], canonical: int) -> NDArray[np.intp]:
@@ -27,25 +28,25 @@ def level_of(boxes: Boxes, strides: Sequence[int], canonical: int) -> NDArray[np
     return (np.clip(wanted, first, last) - first).astype(np.intp)
 
 
-def _weights(start: float, end: float, side: int, sampling: int, size: int, bits: int | None) -> tuple[int, NDArray[Any]]:
-    """One axis of one region: the first cell it touches, and the weight of each from there, float64 `[side, cells]`.
+def _weights(starts: NDArray[Any], ends: NDArray[Any], side: int, sampling: int, size: int,
+             bits: int | None) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+    """One axis of some regions of one map: the first cell each touches, the last, and the weights of all, `[R, side, size]`.
 
     Points further out than one cell count as 0, those between there and the border as on the border.
     """
-    each = max(end - start, 1.0) / side
-    points = start + (np.arange(side)[:, None] + (np.arange(sampling) + 0.5) / sampling) * each
-    inside = (points >= -1) & (points <= size)
+    each = np.maximum(ends - starts, 1.0)[:, None, None] / side
+    points = starts[:, None, None] + (np.arange(side)[:, None] + (np.arange(sampling) + 0.5) / sampling) * each
+    inside = ((points >= -1) & (points <= size)) / sampling
     points = np.clip(points, 0, size - 1)
     if bits is not None:
         points = np.floor(points * 2**bits + 0.5) / 2**bits
-    low = np.minimum(points.astype(np.intp), size - 1)
-    first, last = int(low.min()), min(int(low.max()) + 1, size - 1)
-    weight = points - low
-    table = np.zeros((side, last - first + 2))  # one more: the cell behind the last one has weight 0
-    row = np.broadcast_to(np.arange(side)[:, None], low.shape)
-    np.add.at(table, (row, low - first), (1 - weight) * inside)
-    np.add.at(table, (row, low - first + 1), weight * inside)
-    return first, table[:, : last - first + 1] / sampling
+    low = points.astype(np.intp)
+    weight, high = points - low, np.minimum(low + 1, size - 1)
+    table = np.zeros((len(starts), side, size))
+    where = np.arange(len(starts))[:, None, None], np.arange(side)[:, None]
+    np.add.at(table, (*where, low), (1 - weight) * inside)
+    np.add.at(table, (*where, high), weight * inside)
+    return low.min((1, 2)), high.max((1, 2)), table
 
 
 def roi_align(maps: Sequence[NDArray[Any]], boxes: Boxes, levels: NDArray[np.intp], strides: Sequence[int], side: int,
@@ -57,14 +58,18 @@ def roi_align(maps: Sequence[NDArray[Any]], boxes: Boxes, levels: NDArray[np.int
     As `torchvision.ops.roi_align(..., aligned=False)`. Both axes are weighted apart, which is the same sum.
     """
     found = np.zeros((len(boxes), side, side, maps[0].shape[2]))
-    for index, level in enumerate(levels):
-        x1, y1, x2, y2 = (float(v) / strides[level] for v in boxes[index])
-        height, width, channels = maps[level].shape
-        top, down = _weights(y1, y2, side, sampling, height, bits)
-        left, across = _weights(x1, x2, side, sampling, width, bits)
-        window = maps[level][top : top + down.shape[1], left : left + across.shape[1]].astype(np.float64)
-        lines = (down @ window.reshape(down.shape[1], -1)).reshape(side, across.shape[1], channels)
-        found[index] = across @ lines
+    for level, x in enumerate(maps):
+        height, width, channels = x.shape
+        chosen = np.flatnonzero(levels == level)
+        for some in (chosen[i : i + _TOGETHER] for i in range(0, len(chosen), _TOGETHER)):
+            x1, y1, x2, y2 = (boxes[some].astype(np.float64) / strides[level]).T
+            top, bottom, down = _weights(y1, y2, side, sampling, height, bits)
+            left, right, across = _weights(x1, x2, side, sampling, width, bits)
+            for i, index in enumerate(some):
+                rows, columns = slice(top[i], bottom[i] + 1), slice(left[i], right[i] + 1)
+                window = x[rows, columns].astype(np.float64)
+                lines = down[i][:, rows] @ window.reshape(len(window), -1)
+                found[index] = across[i][:, columns] @ lines.reshape(side, -1, channels)
     return found
 
 

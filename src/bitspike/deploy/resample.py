@@ -14,9 +14,9 @@ def between(size: int, wanted: int) -> tuple[NDArray[np.intp], NDArray[np.intp],
     return first, np.minimum(first + 1, size - 1), np.minimum(place - first.astype(np.float32), 1).astype(np.float32)
 
 
-def rows(x: NDArray[Any], wanted: int, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-    """Rows start..stop of a map `[H, ...]` that is given `wanted` rows: float32."""
-    first, second, weight = (part[start:stop] for part in between(len(x), wanted))
+def rows(x: NDArray[Any], wanted: int) -> NDArray[np.float32]:
+    """A map `[H, ...]` with `wanted` rows: float32."""
+    first, second, weight = between(len(x), wanted)
     weight = weight.reshape(-1, *[1] * (x.ndim - 1))
     x = x.astype(np.float32, copy=False)
     below = x[second]
@@ -37,22 +37,30 @@ def bilinear(x: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
     return rows(across, height)
 
 
+def _side(cells: int, canvas: int, size: int, wanted: int) -> NDArray[np.float32]:
+    """One side of `labels` as a matrix `[wanted, cells]`: to the canvas, cut, to the picture."""
+    enlarged = rows(np.eye(cells, dtype=np.float32), canvas)[:size]
+    return enlarged if size == wanted else rows(enlarged, wanted)
+
+
 def labels(logits: NDArray[np.float32], canvas: tuple[int, int], size: tuple[int, int],
            wanted: tuple[int, int]) -> NDArray[np.integer[Any]]:
     """Logits `[h, w, K]` of a canvas -> the class of every pixel of the picture on it, uint8 `[*wanted]` (uint16 for K > 256).
 
     canvas: height and width of what the program saw; size: of the part that is the picture; wanted: of the picture itself.
-    Logits are resized to the canvas, cut, and resized to the picture, as in evaluation; the best class counts. Memory does not
-    grow with K times the picture.
+    Logits are resized to the canvas, cut, and resized to the picture, as in evaluation; the best class counts, the first of
+    equal ones. Memory does not grow with K times the picture.
     """
-    classes = logits.shape[2]
-    on_canvas = np.ascontiguousarray(np.moveaxis(logits, 2, 0))  # [K, h, w]
-    found = np.empty(wanted, np.uint8 if classes <= 256 else np.uint16)
-    best = np.full(wanted, -np.inf, np.float32)
-    for k, plane in enumerate(on_canvas):
-        y = bilinear(plane, *canvas)[: size[0], : size[1]] if plane.shape != canvas else plane[: size[0], : size[1]]
-        y = bilinear(y, *wanted) if y.shape != wanted else y
-        better = y > best
-        best[better] = y[better]
-        found[better] = k
+    height, width, classes = logits.shape
+    down = _side(height, canvas[0], size[0], wanted[0])
+    across = np.ascontiguousarray(_side(width, canvas[1], size[1], wanted[1]).T)
+    found = np.zeros(wanted, np.uint8 if classes <= 256 else np.uint16)
+    best: NDArray[np.float32] | None = None
+    for k in range(classes):
+        y = down @ (np.ascontiguousarray(logits[:, :, k]) @ across)
+        if best is None:
+            best = y
+            continue
+        np.copyto(found, found.dtype.type(k), where=y > best)
+        np.maximum(best, y, out=best)
     return found
