@@ -190,12 +190,14 @@ def test_module_entry(colours, photos):
 
 
 # -------------------------------------------------------------------------------------------- with torch
-def test_recipes_and_layers(capsys):
+def test_recipes_and_layers(capsys, tmp_path):
     pytest.importorskip("torch")
     assert call("recipes") == 0
     text = capsys.readouterr().out
     assert "demo.four_bit" in text and "\u2026" not in text
-    assert call("recipes", "demo", "four") == 0
+    assert call("recipes", "demo", "four", "--json", str(tmp_path / "r.json")) == 0
+    (listed,) = json.loads((tmp_path / "r.json").read_text())
+    assert listed["name"] == "demo.four_bit" and listed["bits"] == "4" and listed["cost"] == "about 1 minute on 2 cores"
     text = capsys.readouterr().out
     assert "demo.four_bit" in text and "fashion_mnist_sample, 4 bits" in text and "demo.float" not in text
     assert call("recipes", "fashion_mnist_sample", "cifar10") == 2

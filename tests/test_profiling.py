@@ -13,6 +13,7 @@ from bitspike.models.blocks import spike_attention
 from bitspike.models.meta_spikeformer import MetaSpikeFormer, cifar_small, imagenet_15m
 from bitspike.neurons import IELIF, LIF, timewise
 from bitspike.profiling.of_torch import profile_model
+from bitspike.profiling.report import Report
 from bitspike.spec import QuantSpec, Scheme
 
 FOUR_BITS = QuantSpec({"*": Scheme("lsq", 4)})
@@ -133,3 +134,14 @@ def test_forms(tiny):
 def test_no_images():
     with pytest.raises(ValueError, match="no images"):
         profile_model(Tiny(), torch.zeros(0, 3, 16, 16))
+
+
+def test_a_bit_budget_that_is_a_mean_says_so():
+    def text(*layers):
+        table = Report("x", "torch model", layers, 1, 0.1)._summary()
+        return " ".join(str(cell) for cell in table.columns[1]._cells)
+
+    one = cost.Operation("a", cost.SPIKE, (), 900, 10, 1, 1, 1, steps=2, mean_count=0.2)
+    eight = cost.Operation("head", cost.SPIKE, (), 100, 10, 8, 1, 1, steps=2, mean_count=0.2)
+    assert "bit budget 2 (T x weight bits x spike bits)" in text(one)
+    assert "bit budget 3.4 (T x weight bits x spike bits: the mean over MACs of layers from 2 to 16)" in text(one, eight)

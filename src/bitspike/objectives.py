@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitspike.neurons import Neuron
-from bitspike.recipe import Loss, Output, Recipe
+from bitspike.recipe import Loss, Output, Recipe, RecipeError
 
 
 def neurons(model: nn.Module) -> dict[str, Neuron]:
@@ -98,6 +99,28 @@ def with_logits_of(teacher: Callable[[Tensor], Tensor], recipe: Recipe, loss: Lo
         return share * term + ((1 - share) * loss(images, output, targets) if share < 1 else 0.0)
 
     return distilled
+
+
+#: what only an objective reads, and its value where nothing is meant
+_FOR_OBJECTIVES = ("regulation", "distill", "teacher", "teacher_labels", "temperature")
+
+
+def refuse_unread(recipe: Recipe, *read: str) -> None:
+    """For objectives: RecipeError for a field that is set, that only objectives read, and that is not one of `read`.
+
+    >>> refuse_unread(Recipe("x", nn.Identity, temperature=2.0, objective=lambda model, recipe, loss: loss), "distill")
+    Traceback (most recent call last):
+    ...
+    bitspike.recipe.RecipeError: recipe 'x', field temperature=2.0: allowed: 1.0, since as the recipe is set its objective \
+reads only distill.
+    """
+    default = {f.name: f.default for f in fields(Recipe)}
+    for name in _FOR_OBJECTIVES:
+        found = getattr(recipe, name)
+        if name not in read and found != default[name] and not (name == "teacher" and recipe.distill_logits):
+            reads = "only " + ", ".join(read) if read else "none of such fields"
+            raise RecipeError(f"recipe {recipe.name!r}, field {name}={found!r}: allowed: {default[name]!r}, since as the "
+                              f"recipe is set its objective reads {reads}.")
 
 
 class SpikeCounts:

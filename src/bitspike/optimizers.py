@@ -61,6 +61,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def learning_rate(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -> float:
     """The rate of step 0..steps-1: linear from `warmup_lr` over the warm-up, then half a cosine, a line to `min_lr`, or steps.
 
+    "covered_cosine" is the cosine of the whole run, whose beginning the warm-up covers: timm's, and that of papers built on it.
+
     >>> recipe = Recipe("x", nn.Identity, lr=1.0, schedule="triangle", warmup_epochs=1)
     >>> [learning_rate(recipe, s, 8, 4) for s in (0, 2, 4, 6)]
     [0.0, 0.5, 1.0, 0.5]
@@ -70,8 +72,9 @@ def learning_rate(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -
         return recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * step / warmup
     if recipe.schedule == "steps":
         return recipe.lr * 0.1 ** sum(step >= drop * steps_per_epoch for drop in recipe.drop_epochs)
-    done = (step - warmup) / max(1, steps - warmup)
-    share = 0.5 * (1 + math.cos(math.pi * done)) if recipe.schedule == "cosine" else 1 - done
+    covered = recipe.schedule == "covered_cosine"
+    done = step / steps if covered else (step - warmup) / max(1, steps - warmup)
+    share = 1 - done if recipe.schedule == "triangle" else 0.5 * (1 + math.cos(math.pi * done))
     return recipe.min_lr + (recipe.lr - recipe.min_lr) * share
 
 

@@ -64,8 +64,8 @@ class Recipe:
     spike_penalty: weight of the mean spike count, each neuron weighted by its share of the operations its spikes cause.
     plain_lr multiplies the learning rate of biases and norms (with "muon" of everything but convolutions), scale_lr that of
     the quantizers' steps, head_lr that of everything that is not in the model's `backbone`. schedule "steps": a tenth after
-    each of `drop_epochs`. ema: decay of the averaged weights, which are the ones
-    evaluated; 0 is off. flip: "alternating" mirrors each image in every other epoch.
+    each of `drop_epochs`; "covered_cosine" counts from the first step, not from the end of the warm-up. ema: decay of the
+    averaged weights, which are the ones evaluated; 0 is off. flip: "alternating" mirrors each image in every other epoch.
     claim, cost, notes: for people; they change nothing.
 
     >>> recipe = Recipe("demo", nn.Identity, epochs=2)
@@ -123,7 +123,7 @@ class Recipe:
     plain_lr: float = 1.0
     scale_lr: float = 1.0
     head_lr: float = 1.0
-    schedule: Literal["cosine", "triangle", "steps"] = "cosine"
+    schedule: Literal["cosine", "covered_cosine", "triangle", "steps"] = "cosine"
     drop_epochs: tuple[float, ...] = ()
     warmup_epochs: float = 0.0
     warmup_lr: float = 0.0

@@ -65,6 +65,11 @@ def load_teacher(recipe: Recipe, classes: int, device: torch.device) -> Teacher:
             raise _refuse(recipe, f"'{kind}:NAME:WEIGHTS', WEIGHTS being a file or {_published(kind)}")
         model, view = (_torchvision if kind == "torchvision" else _timm)(recipe, name, weights, classes)
     else:
+        if Path(recipe.teacher).is_file():
+            packed = recipe.teacher.endswith(".bitspike")
+            raise _refuse(recipe, "the RUN folder of a 'bitspike train'" + (
+                "; a .bitspike file is the integer program of a device, give the RUN it was exported from" if packed else
+                "; weights of another package go behind its name, 'torchvision:NAME:WEIGHTS' or 'timm:NAME:WEIGHTS'"))
         model, theirs = load_run(recipe.teacher)
         view = _View(theirs.image_size if theirs.task == "classification" else None, theirs.mean, theirs.std, recipe)
     model, view = model.to(device).requires_grad_(False).eval(), view.to(device)
@@ -102,6 +107,16 @@ def _load_file(recipe: Recipe, model: nn.Module, weights: str) -> nn.Module:
     return model
 
 
+def _downloaded(recipe: Recipe, make: Callable[[], nn.Module]) -> nn.Module:
+    """What a package makes of weights that it fetches; offline each package fails in a way of its own."""
+    try:
+        return make()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise _refuse(recipe, f"weights that can be had, and here the package could not fetch them ({reason}); fetch them "
+                              "where there is a network and give the file in place of their name") from error
+
+
 def _torchvision(recipe: Recipe, name: str, weights: str, classes: int) -> tuple[nn.Module, _View]:
     from torchvision import models
 
@@ -116,7 +131,7 @@ def _torchvision(recipe: Recipe, name: str, weights: str, classes: int) -> tuple
             raise _refuse(recipe, f"a file, or one of {', '.join(known)} behind 'torchvision:{name}:'")
         preset: Any = known[weights].transforms()
         mean, std, size = tuple(preset.mean), tuple(preset.std), preset.crop_size[0]
-        model = models.get_model(name, weights=known[weights])
+        model = _downloaded(recipe, lambda: models.get_model(name, weights=known[weights]))
     return model, _View(size, mean, std, recipe)
 
 
@@ -126,7 +141,7 @@ def _timm(recipe: Recipe, name: str, weights: str, classes: int) -> tuple[nn.Mod
     if name.split(".")[0] not in timm.list_models():
         raise _refuse(recipe, "a network of timm.list_models() behind 'timm:'")
     if weights == "pretrained":
-        model = timm.create_model(name, pretrained=True)
+        model = _downloaded(recipe, lambda: timm.create_model(name, pretrained=True))
     elif Path(weights).is_file():
         model = _load_file(recipe, timm.create_model(name, num_classes=classes), weights)
     else:

@@ -189,6 +189,21 @@ def test_late_reset_is_a_soft_reset_by_another_amount(tmp_path: Path) -> None:
     assert wrong_counts(net, tmp_path / "a.bitspike", pixels) <= BOUNDARY
 
 
+@pytest.mark.parametrize(("scheme", "message"), [
+    (Scheme("max", 8, options={"top": "signed"}), r'conv1: MaxScale\(top="signed"\): a weight has code -508, beyond 8 bits'),
+    (Scheme("binary", options={"zero": "published", "normalise": False}), r'conv1: Binary\(zero="published"\).* exactly zero'),
+])
+def test_codes_that_exist_in_training_only_are_refused_with_their_layer(scheme: Scheme, message: str, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 10, 10, 3), np.uint8)
+    net = Recurrent(4)
+    with torch.no_grad():
+        net.conv1.weight.clamp_(0, 0.5).view(-1)[:3] = torch.tensor([0.5, -2.0, 0.0])
+    quantize_(net, QuantSpec({"conv1": scheme}))
+    with pytest.raises(ExportError, match=message):
+        exported(net, tmp_path / "a.bitspike", pixels, 4)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_membrane_that_is_not_rounded_is_refused_with_advice(tmp_path: Path) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (2, 10, 10, 3), np.uint8)
     net = quantize_(Recurrent(4), QuantSpec({"*neuron*": Scheme("membrane", 32)}))

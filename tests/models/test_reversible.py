@@ -138,3 +138,11 @@ def test_what_is_refused():
     counts.remove()
     with pytest.raises(ValueError, match="not finite, or too large"):
         run_blocks(net.blocks, torch.full((3, 2, 16, 4, 4), float("nan")), torch.zeros(3, 2, 16, 4, 4), True)
+
+
+def test_a_second_backward_pass_says_what_to_do():
+    net = network(2, memory="recompute").train()
+    labels, _ = net(torch.randn(2, 3, 16, 16))
+    labels.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r'a second backward pass .* Sum the losses .* memory="store"'):
+        labels.sum().backward()

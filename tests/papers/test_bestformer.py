@@ -1,6 +1,7 @@
 """BESTformer: published counts, distillation, teachers, recipes."""
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from bitspike.evaluation import normalise  # noqa: E402
 from bitspike.layers import latent_weight, quantizable, quantizer_of  # noqa: E402
 from bitspike.models import bestformer as models  # noqa: E402
 from bitspike.objectives import classification_loss  # noqa: E402
+from bitspike.optimizers import learning_rate  # noqa: E402
 from bitspike.papers import bestformer as paper  # noqa: E402
 from bitspike.quantizers import Binary, MaxScale  # noqa: E402
 from bitspike.recipe import Recipe, RecipeError  # noqa: E402
@@ -71,6 +73,15 @@ def test_the_small_recipe_has_what_a_device_holds(name):
     assert ends == {"tokenizer.stages.0.conv", "head", "head2"} and set(kinds.values()) == {Binary, MaxScale}
 
 
+def test_the_learning_rate_of_the_logs():
+    """lr_e = 1e-5 + (1.4142e-3 - 1e-5) / 2 (1 + cos(pi e / 400)) from epoch 0 on; the logs have 1.147e-3 and 6.34e-5."""
+    recipe, steps = paper.RECIPES["bestformer.cifar10"], 97
+    rates = [learning_rate(recipe, epoch * steps, 400 * steps, steps) for epoch in (0, 20, 115, 350)]
+    assert rates == pytest.approx([1e-5, 1.4055e-3, 1.1467e-3, 6.34e-5], rel=1e-3)
+    later = [learning_rate(replace(recipe, schedule="cosine"), epoch * steps, 400 * steps, steps) for epoch in (20, 115)]
+    assert later == pytest.approx([1.414e-3, 1.2076e-3], rel=1e-3)
+
+
 # -------------------------------------------------------------------------------------------- distillation
 def test_enhancement_is_its_formula(monkeypatch):
     told = torch.randn(4, 10) * 3
@@ -99,6 +110,15 @@ def test_what_distillation_refuses(run):
         paper.information_enhancement(tiny(), replace(SMALL, distill=2.0, teacher=str(run)), loss)
     with pytest.raises(RecipeError, match=r"temperature=0\.0"):
         replace(SMALL, temperature=0.0)
+
+
+@pytest.mark.parametrize("settings", [
+    {"regulation": 0.5}, {"distill": 0.0, "teacher": "x"}, {"distill": 0.0, "temperature": 2.0},
+    {"teacher": "x", "temperature": 2.0}, {"distill": 0.0, "teacher_labels": "soft"}])
+def test_what_would_have_no_effect_is_refused(settings):
+    name = list(settings)[-1]
+    with pytest.raises(RecipeError, match=f"field {name}=.*its objective reads"):
+        paper.information_enhancement(tiny(), replace(SMALL, **settings), classification_loss(SMALL))
 
 
 def test_training_with_a_run_as_teacher(tmp_path, data, run):
@@ -141,6 +161,26 @@ def test_classifiers_of_other_packages(tmp_path, kind, name):
                           (f"{kind}:{name}:nowhere.pth", "a file"), (f"{kind}:{name}:{__file__}", "weights that can be read")):
         with pytest.raises(RecipeError, match=message):
             load_teacher(replace(SMALL, teacher=text), 10, CPU)
+
+
+@pytest.mark.parametrize(("file", "message"), [("net.bitspike", "give the RUN it was exported from"),
+                                               ("net.pth", "'torchvision:NAME:WEIGHTS'")])
+def test_a_file_is_no_teacher(tmp_path, file, message):
+    (tmp_path / file).write_bytes(b"x")
+    with pytest.raises(RecipeError, match=f"field teacher=.*the RUN folder.*{message}"):
+        load_teacher(replace(SMALL, teacher=str(tmp_path / file)), 10, CPU)
+
+
+@pytest.mark.parametrize(("text", "module", "function"), [
+    ("torchvision:mobilenet_v3_small:IMAGENET1K_V1", "torchvision.models", "get_model"),
+    ("timm:mobilenetv3_small_050:pretrained", "timm", "create_model")])
+def test_without_a_network_the_message_names_the_field(monkeypatch, text, module, function):
+    def offline(*arguments, **options):
+        raise ConnectionError("name resolution\nfailed")
+
+    monkeypatch.setattr(importlib.import_module(module), function, offline)
+    with pytest.raises(RecipeError, match=f"field teacher='{text}'.*name resolution failed.*give the file"):
+        load_teacher(replace(SMALL, teacher=text), 10, CPU)
 
 
 def test_weights_of_another_network(tmp_path):

@@ -18,6 +18,7 @@ from bitspike.models import spiking_resnet  # noqa: E402
 from bitspike.objectives import classification_loss  # noqa: E402
 from bitspike.papers import q_snn as paper  # noqa: E402
 from bitspike.quantizers import Binary, MaxScale, Membrane  # noqa: E402
+from bitspike.recipe import RecipeError  # noqa: E402
 from bitspike.spec import QuantSpec  # noqa: E402
 from bitspike.training import train  # noqa: E402
 
@@ -96,6 +97,13 @@ def test_regulation_is_its_formula():
                           torch.stack([F.cross_entropy(logits, y) for logits in logits_TBK]).mean())
     with pytest.raises(ValueError, match="needs three"):
         paper.spike_regulation({"a": torch.tensor(0.1), "b": torch.tensor(0.2)})
+
+
+@pytest.mark.parametrize("settings", [{"distill": 0.5}, {"teacher": "run"}, {"teacher_labels": "soft"}, {"temperature": 2.0}])
+def test_what_would_have_no_effect_is_refused(settings):
+    recipe = replace(paper.RECIPES["q_snn.cifar10_small"], **settings)
+    with pytest.raises(RecipeError, match=f"field {next(iter(settings))}=.*reads only regulation"):
+        paper.regulated(tiny(), recipe, classification_loss(recipe))
 
 
 def test_training_stores_the_annealing_and_the_membranes(tmp_path):

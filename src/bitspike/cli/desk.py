@@ -206,18 +206,22 @@ def layers(recipe: str, /, *, settings: Settings = ()) -> int:
     return 0
 
 
-def recipes(words: list[str] | None = None, /) -> int:
+def recipes(words: list[str] | None = None, /, *, json: JsonFile = None) -> int:
     """List the recipes: name, data, bits, claimed result, cost of training and its command.
 
     Parameters
     ----------
     words
         Only recipes with all these words in their name or data: q_snn, or cifar10 small.
+    json
+        Write them, with their notes, to this file too.
     """
     from bitspike.cli.models import bits_of
     from bitspike.papers import all_recipes
     from bitspike.recipe import RecipeError
 
+    if json is not None:
+        check_file("--json", json)
     known = all_recipes()
     found = [recipe for name, recipe in known.items() if all(word in f"{name} {recipe.data}" for word in words or ())]
     if not found:
@@ -232,6 +236,9 @@ def recipes(words: list[str] | None = None, /) -> int:
         table.add_row(Text.assemble((recipe.name, "bold"), f"\n  {recipe.data}, {width}"),
                       Text(f"{recipe.claim}\n{recipe.cost}"))
     print_wide(table)
+    if json is not None:
+        write_json(json, [{"name": recipe.name, "data": recipe.data, "bits": bits_of(recipe), "claim": recipe.claim,
+                           "cost": recipe.cost, "notes": recipe.notes} for recipe in found])
     return 0
 
 

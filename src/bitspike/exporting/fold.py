@@ -249,7 +249,10 @@ class Folder:
             if isinstance(module, nn.Conv1d):
                 kernel = kernel[..., None]
         if quantizer is not None:
-            integers, scale = quantizer.codes(latent_weight(module).detach())
+            try:
+                integers, scale = quantizer.codes(latent_weight(module).detach())
+            except ValueError as error:  # a form that exists in training only, such as a third level of "binary"
+                raise ExportError(f"{layer}: {error}") from None
             codes = Codes(integers.cpu().numpy().reshape(kernel.shape), vector(scale.double().cpu(), len(integers)),
                           {"kind": quantizer.deploys_as, "bits": quantizer.bits})
         return self.lowering.conv(x, codes, kernel, module.bias, stride, padding, groups, layer)

@@ -7,8 +7,14 @@ Attention: the product of two of q, k, v goes through a neuron of its own, so th
     "qk":  M = N0(q k^T) per pair of tokens,    o = scale * strength[t, head] * (M v)      the CIFAR release
     "kv":  M = N0(k^T v) per pair of channels,  o = scale * strength[t, head] * (q M)      the ImageNet release
 
-N0 is a LIF with soft reset. `strength` ("lambda") is learned and multiplies what the next neuron compares with its
-threshold, so a device divides that threshold by it instead.
+N0 is a LIF with soft reset. `strength` ("lambda", m[t] below) is learned, one factor per step and head, and multiplies the
+input a[t] of the next neuron, and so it does on a device: as the multiplier that turns integer sums into potentials, which
+every current of a neuron has. Dividing the threshold by it instead is another neuron as soon as T > 1: with u[t] = v[t] / m[t],
+
+    v[t] = d v[t-1] + g m[t] a[t] >= theta        is        u[t] = d (m[t-1] / m[t]) u[t-1] + g a[t] >= theta / m[t]
+
+so the factor moves from the input to the leak, which is no shift any more; the two are the same only from rest (T = 1) or with
+one strength for all steps, and for a negative one the comparison turns round.
 
 Weights are full precision here; `quantize_` with Scheme("binary") on all convolutions but the first makes it the paper's.
 """
@@ -245,7 +251,7 @@ def lif_full() -> LIF:
 
 def small(num_classes: int = 10, time_steps: int = 2, channels: int = 128, depth: int = 2, heads: int = 4,
           pooling: str = "1010", reversible: bool = True, memory: str = "store") -> BESTformer:
-    """0.64 M weights, 61 M MACs a step at 32x32: what a CPU core trains in minutes."""
+    """0.64 M weights, 48 M MACs a step at 32x32: what a CPU core trains in minutes."""
     return BESTformer(channels, depth, heads, num_classes=num_classes, time_steps=time_steps, neuron=lif_full,
                       pooling=pooling, reversible=reversible, memory=memory)
 

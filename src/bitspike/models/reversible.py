@@ -118,6 +118,9 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.again:  # let go of after the first time, whatever retain_graph says
+            raise RuntimeError("reversible blocks: a second backward pass through one forward pass, and what the first needed "
+                               'is gone. Sum the losses before backward(), run forward again, or train with memory="store".')
         x1, y = (stream.detach() for stream in ctx.saved_tensors)  # they are this node's own outputs
         grad_x1, grad_y = (g.clone() for g in grads)
         of: dict[int, Tensor] = {}

@@ -43,7 +43,7 @@ from bitspike.models.compact_spikeformer import SpikeAttention
 from bitspike.models.meta_spikeformer import Attention, MetaSpikeFormer, published_name
 from bitspike.models.published import PublishedWeightsError, read_weights
 from bitspike.neurons import IELIF, LIF
-from bitspike.objectives import autocast
+from bitspike.objectives import autocast, refuse_unread
 from bitspike.papers import NO_CLAIM, train_command
 from bitspike.recipe import Loss, Output, Recipe, RecipeError
 from bitspike.spec import QuantSpec, Scheme
@@ -167,6 +167,7 @@ def fine_grained_distillation(model: nn.Module, recipe: Recipe, loss: Loss) -> L
     teacher were not published: try `distill` 0.1 to 10.
     Errors: RecipeError without a teacher; RunError for a folder that is no run; ValueError where the two do not match.
     """
+    refuse_unread(recipe, *(("distill", "teacher") if recipe.distill else ()))
     if not recipe.distill:
         return loss
     if not recipe.teacher:

@@ -150,6 +150,11 @@ class Report:
                               "literature_pj", "bit_aware_pj", "quantized_ann_pj")))
         return table
 
+    def _budgets(self) -> str:
+        """Why the bit budget of the network is not that of most layers, where it is not."""
+        own = [cost.bit_budget([op]) for op in self.layers if op.kind in (cost.SPIKE, cost.COUNT)]
+        return f": the mean over MACs of layers from {min(own):g} to {max(own):g}" if own and min(own) < max(own) else ""
+
     def _summary(self) -> Table:
         table = Table(show_header=False, box=None)
         table.add_column(style="bold")
@@ -164,7 +169,7 @@ class Report:
                            f"dense: {quantity(self.macs)} MACs a step"),
             ("arithmetic by width", f"NS-ACE {quantity(self.ns_ace)}, S-ACE "
                                     f"{quantity(self.s_ace)} bit operations; bit budget "
-                                    f"{cost.bit_budget(self.layers):.3g} (T x weight bits x spike bits)"),
+                                    f"{cost.bit_budget(self.layers):.3g} (T x weight bits x spike bits{self._budgets()})"),
             ("spikes per neuron", f"{self.spikes_per_neuron:.3f}"),
             ("energy 1, literature", f"{energy(self.literature_pj)} (as the papers count: {energy(self.published_pj)})"),
             ("energy 2, bit-aware", _told(two)),
