@@ -351,7 +351,9 @@ def _agreement(pairs: Sequence[tuple[dict[str, NDArray[Any]], dict[str, NDArray[
                 largest = max(largest, abs(float(expected["scores"][row] - found["scores"][best])))
                 overlaps[:, best] = 0
     what = f"{total} detections " + (f"(the best {_BEST} of each picture)" if few else f"(score of {_SURE} and more)")
-    return (hits / total if total else 1.0), largest, total, what
+    if not total:
+        return 0.0, 0.0, 0, "0 detections: the model finds nothing in the pictures to compare on"
+    return hits / total, largest, total, what
 
 
 def _overlaps(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
