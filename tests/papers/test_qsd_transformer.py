@@ -161,7 +161,7 @@ def test_distillation_teaches(monkeypatch):
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     again = quantize_(tiny(), QuantSpec({"*": Scheme("lsq", 4)}))
     assert qsd.fine_grained_distillation(again, replace(recipe, distill=0.0, teacher=""), rest) is rest
-    with pytest.raises(RecipeError, match="field teacher='runs/teacher'.*its objective reads none of such fields"):
+    with pytest.raises(RecipeError, match=r"field teacher='runs/teacher'.*its objective reads none of such fields"):
         qsd.fine_grained_distillation(again, replace(recipe, distill=0.0), rest)
     with pytest.raises(RecipeError, match="needs a teacher"):
         qsd.fine_grained_distillation(again, replace(recipe, teacher=""), rest)
