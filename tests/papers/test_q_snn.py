@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,17 @@ def test_spec(bits):
     membranes = [neuron.membrane for neuron in neurons_with_membrane(model).values()]
     assert membranes and all(m.bits == bits and m.tanh for m in membranes)  # the tanh stays where the rounding goes
     assert QuantSpec.from_json(recipe.spec.to_json()) == recipe.spec
+
+
+@pytest.mark.parametrize(("file", "options"), [
+    *((f"q_snn_membrane_{bits}.json", {"membrane": bits}) for bits in (8, 4, 2, 32)),
+    ("q_snn_unregulated.json", {"regulated": False})])
+def test_the_example_specs_are_those_of_the_paper(file, options):
+    path = Path(__file__).parents[2] / "examples" / "specs" / file
+    if not path.exists():
+        pytest.skip("the examples are not beside the tests")
+    recipe = paper.RECIPES["q_snn.cifar10_small"].override({"spec": str(path)})
+    assert recipe.spec == paper.spec("stem.conv", **options)
 
 
 def test_without_regulation_the_weights_are_the_plain_sign_times_the_mean():
