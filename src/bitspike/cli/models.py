@@ -84,6 +84,6 @@ def layer_tables(recipe: Recipe) -> list[Table]:
     for name, module in model.named_modules():
         if isinstance(module, (LIF, IELIF)):
             kept = lifs[name].membrane if name in lifs else None
-            neurons.add_row(name, "full" if kept is None else f"{kept.bits} bits",
+            neurons.add_row(name, "full" if kept is None else "tanh alone" if kept.bits == 32 else f"{kept.bits} bits",
                             f"{type(module).__name__}({module.extra_repr()})")
     return [listed, neurons]
