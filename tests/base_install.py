@@ -44,6 +44,18 @@ for name in names:
     print(name, json.loads(done.stdout)[0]["top"][0])
     subprocess.run(["bitspike", "profile", name], capture_output=True, check=True)
 
+# segmenters and detectors: what is where, drawn over the picture
+sys.path.insert(0, str(Path(__file__).resolve().parent / "deploy"))
+import small_scenes  # noqa: E402
+
+for kind, make in small_scenes.ALL.items():
+    artifact.write(f"{kind}.bitspike", *make())
+    command = ["bitspike", "run", f"{kind}.bitspike", "photo.png", "--json", "--save", f"{kind}.png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    print(kind, str(json.loads(done.stdout)[0])[:100])
+    assert Image.open(f"{kind}.png").width == 40
+    subprocess.run(["bitspike", "profile", f"{kind}.bitspike"], capture_output=True, check=True)
+
 try:
     load("photo.png")
     sys.exit("a picture was taken for a network")

@@ -97,6 +97,8 @@ def test_what_cannot_be_meant(files, photos, arguments, message, capsys):
 def test_other_commands_say_what_they_need(files, capsys):
     assert call("bench", files / "regions.bitspike") == 2
     assert "made for detection" in " ".join(capsys.readouterr().err.split())
+    assert call("bench", "qsd_transformer.coco_small") == 2
+    assert "is for detection" in " ".join(capsys.readouterr().err.split())
     assert call("eval", files / "regions.bitspike") == 2
     assert "names no data set" in " ".join(capsys.readouterr().err.split())
     assert call("profile", files / "regions.bitspike", "--images", "2") == 0

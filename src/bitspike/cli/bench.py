@@ -131,7 +131,11 @@ def _subject(model: str, folder: Path, files: list[Path] | None, data: Path | No
         overrides["model_options.topology"] = topology
     from bitspike.papers import find_recipe
 
-    return _from_recipe(find_recipe(model).override(overrides), folder, files, data, count, peers)
+    recipe = find_recipe(model).override(overrides)
+    if recipe.task != "classification":
+        raise BenchError(f"{model} is for {recipe.task}; other engines are compared on classifiers. 'bitspike profile FILE' times "
+                         "the file of a segmenter or detector, benchmarks/scenes.py torch beside it.")
+    return _from_recipe(recipe, folder, files, data, count, peers)
 
 
 def _file_pictures(net: Net, files: list[Path] | None, data: Path | None, count: int) -> tuple[Pixels, str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bitspike.cli.messages import warn
 from bitspike.deploy import Detector, Segmenter
 from bitspike.deploy.fields import printable
 from bitspike.deploy.tasks import Letterbox
@@ -62,6 +63,8 @@ def export_run(model: nn.Module, recipe: Recipe, output: Path, data_dir: Path | 
     """Export a trained network, calibrated on training pictures and compared on test pictures of its own data."""
     from bitspike.data import load as load_data
 
+    if recipe.window:
+        warn(f"{recipe.name} is evaluated in windows of {recipe.window} pixels; the file sees whole pictures.")
     data = load_data(recipe.data, data_dir, None, recipe.skip_broken)
     train, test = _scenes(data.split("train")), _scenes(data.split("test"))
     if recipe.task == "detection":  # detections are fewer than pixels, and their edges are a matter of thresholds
