@@ -133,8 +133,8 @@ def _subject(model: str, folder: Path, files: list[Path] | None, data: Path | No
 
     recipe = find_recipe(model).override(overrides)
     if recipe.task != "classification":
-        raise BenchError(f"{model} is for {recipe.task}; other engines are compared on classifiers. 'bitspike profile FILE' times "
-                         "the file of a segmenter or detector, benchmarks/scenes.py torch beside it.")
+        raise BenchError(f"{model} is for {recipe.task}; other engines are compared on classifiers. 'bitspike profile FILE' "
+                         "times the file of a segmenter or detector, benchmarks/scenes.py torch beside it.")
     return _from_recipe(recipe, folder, files, data, count, peers)
 
 
