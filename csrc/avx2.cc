@@ -201,6 +201,7 @@ struct Avx2 {
     acc[2] = _mm256_add_epi32(acc[2], _mm256_srai_epi32(_mm256_slli_epi32(part, 8), 24));
     acc[3] = _mm256_add_epi32(acc[3], _mm256_srai_epi32(part, 24));
   }
+  static constexpr bool kCarrySave = false;
   static void flush8_unsigned(I32* acc, I32 part) {
     const __m256i low = _mm256_set1_epi32(255);
     acc[0] = _mm256_add_epi32(acc[0], _mm256_and_si256(part, low));

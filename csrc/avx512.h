@@ -164,21 +164,30 @@ struct Avx512 {
   static void flush8(I32* acc, I32 part) {
     for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], _mm512_set1_epi32(1 << 8 * j), part);
   }
+  // The same, unsigned and times a number.
+  template <int kTimes = 1>
   static void flush8_unsigned(I32* acc, I32 part) {
-    for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], part, _mm512_set1_epi32(1 << 8 * j));
+    for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], part, _mm512_set1_epi32(kTimes << 8 * j));
   }
+  static constexpr bool kCarrySave = true;
+  static I32 majority(I32 a, I32 b, I32 c) { return _mm512_ternarylogic_epi32(a, b, c, 0xe8); }
+  static I32 parity(I32 a, I32 b, I32 c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
   static I32 low_nibbles(I32 v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-  // Appends every channel's number as often as its code says; may write 16 entries too many.
+  // Appends every channel's number as often as its code says, in no order; may write 16 entries too many.
   static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
-    __m512i number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int c = 0; c < channels; c += kLanes, number = _mm512_add_epi32(number, _mm512_set1_epi32(kLanes))) {
-      const __m512i code = widen_u8(codes + c, at_most(channels - c, kLanes));
+    const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int c = 0; c < channels; c += kBytes) {
+      const __m512i code = load_codes(codes + c, channels - c);
       int least = 1;
-      for (__mmask16 has = _mm512_test_epi32_mask(code, code); has;
-           has = _mm512_cmpge_epi32_mask(code, _mm512_set1_epi32(++least))) {
-        const __m256i numbers = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(has, number));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + count), numbers);
-        count += _mm_popcnt_u32(has);
+      // Whether any of 64 codes reaches the next count is told well beforehand, whether one of 16 does is not.
+      for (uint64_t has = _mm512_test_epi8_mask(code, code); has;
+           has = _mm512_cmpge_epu8_mask(code, _mm512_set1_epi8(static_cast<char>(++least)))) {
+        for (int i = 0; i < kBytes; i += kLanes, has >>= kLanes) {
+          const __mmask16 some = static_cast<__mmask16>(has);
+          const __m512i number = _mm512_maskz_compress_epi32(some, _mm512_add_epi32(numbers, _mm512_set1_epi32(c + i)));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + count), _mm512_cvtepi32_epi16(number));
+          count += _mm_popcnt_u32(some);
+        }
       }
     }
     return count;

@@ -7,6 +7,8 @@
 //
 // Weights of 4 bits are kept two to a byte, as w + 8, for half the memory traffic, which is what limits these kernels: their
 // partial sums are unsigned, 17 rows of at most 15 each stay below 256, and 8 times the events is taken off at the end.
+// Where three operands make one instruction (V::kCarrySave), 8 rows at a time go through carry-save adders first, bit by
+// bit: 14 logical instructions leave one row of eights to unpack and add, where adding each row takes 5 instructions.
 //
 // Events of a window are gathered once per output pixel as a list of row numbers; every block of outputs then runs through
 // the list. Lists of the input's pixels are made row by row and kept for the kernel_h rows a window spans.
@@ -24,17 +26,18 @@ constexpr int kEventSlack = 64;  // entries that may be written past the end of 
 template <class V>
 struct EventPacking {
   bool nibbles;
-  size_t rows, vectors, vector_bytes, weights, bytes;
+  size_t rows, stored, vectors, vector_bytes, weights, bytes;  // stored: rows and one of zero bytes, which fills groups
   int8_t* weight;
   int32_t *m, *b;
   int *budget, *fits;
 
   EventPacking(const Conv& c, const void* packed) {
     rows = static_cast<size_t>(c.kernel_h) * c.kernel_w * c.channels;
+    stored = rows + 1;
     nibbles = c.weight_lo >= -8 && c.weight_hi <= 7 && c.outputs > V::kBytes;
     vectors = round_up(c.outputs, nibbles ? 2 * V::kBytes : V::kBytes) / V::kBytes;
     vector_bytes = nibbles ? V::kBytes / 2 : V::kBytes;
-    weights = rows * vectors * vector_bytes;
+    weights = round_up(stored * vectors * vector_bytes, 64);
     bytes = weights + 2 * vectors * V::kBytes * sizeof(int32_t) + 64;
     char* p = static_cast<char*>(const_cast<void*>(packed));
     weight = reinterpret_cast<int8_t*>(p);
@@ -62,7 +65,7 @@ void events_pack(const Conv& c, void* packed) {
   memset(packed, 0, p.bytes);
   for (size_t v = 0; v < p.vectors;) {
     const size_t n = p.vectors - v < V::kEventRows ? p.vectors - v : V::kEventRows;
-    int8_t* block = p.weight + v * p.vector_bytes * p.rows;
+    int8_t* block = p.weight + v * p.vector_bytes * p.stored;
     for (size_t byte = 0; byte < n * V::kBytes; ++byte) {
       const size_t in_vector = byte % V::kBytes;
       const size_t o = (v + byte / V::kBytes) * V::kBytes + in_vector % 4 * V::kLanes + in_vector / 4;
@@ -155,14 +158,69 @@ void add_nibble_events(const int8_t* weight, const uint16_t* list, size_t count,
   }
 }
 
+// The same by carry-save adders: one, two and four are rows of 4-bit numbers of that weight, eights are added up in bytes.
+// `nothing` is the number of the row of zero bytes.
+template <class V, int N>
+void add_nibble_groups(const int8_t* weight, const uint16_t* list, size_t count, uint16_t nothing, typename V::I32* acc) {
+  using I32 = typename V::I32;
+  constexpr size_t kRow = static_cast<size_t>(N) * V::kBytes / 2, kGroup = 8;
+  constexpr int kBudget = 255 / 15;
+  const I32 start = V::splat(static_cast<int32_t>(0u - 8u * static_cast<uint32_t>(count)));
+  for (int i = 0; i < 4 * N; ++i) acc[i] = start;
+  I32 one[N / 2], two[N / 2], four[N / 2], eights[N];
+  for (int n = 0; n < N / 2; ++n) one[n] = two[n] = four[n] = V::zero();
+  for (int n = 0; n < N; ++n) eights[n] = V::zero();
+  uint16_t last[kGroup];
+  int groups = 0;
+  for (size_t e = 0; e < count; e += kGroup) {
+    const uint16_t* rows = list + e;
+    if (count - e < kGroup) {
+      for (size_t i = 0; i < kGroup; ++i) last[i] = e + i < count ? rows[i] : nothing;
+      rows = last;
+    }
+    const int8_t* from[kGroup];
+    for (size_t i = 0; i < kGroup; ++i) from[i] = weight + rows[i] * kRow;
+    for (int n = 0; n < N / 2; ++n) {
+      // a + b + sum becomes sum + 2 * (what is returned).
+      const auto carry = [](I32& sum, I32 a, I32 b) {
+        const I32 over = V::majority(sum, a, b);
+        sum = V::parity(sum, a, b);
+        return over;
+      };
+      const auto row = [&](int i) { return V::load_bytes(from[i] + n * V::kBytes); };
+      const I32 twos0 = carry(one[n], row(0), row(1)), twos1 = carry(one[n], row(2), row(3));
+      const I32 fours0 = carry(two[n], twos0, twos1);
+      const I32 twos2 = carry(one[n], row(4), row(5)), twos3 = carry(one[n], row(6), row(7));
+      const I32 fours1 = carry(two[n], twos2, twos3);
+      const I32 eight = carry(four[n], fours0, fours1);
+      eights[2 * n] = V::add8(eights[2 * n], V::low_nibbles(eight));
+      eights[2 * n + 1] = V::add8(eights[2 * n + 1], V::low_nibbles(V::shift_right_zero(eight, 4)));
+    }
+    if (++groups == kBudget) {
+      for (int n = 0; n < N; ++n) V::template flush8_unsigned<8>(acc + 4 * n, eights[n]), eights[n] = V::zero();
+      groups = 0;
+    }
+  }
+  for (int n = 0; n < N; ++n) {
+    const auto half = [&](I32 v) { return V::low_nibbles(n % 2 ? V::shift_right_zero(v, 4) : v); };
+    const I32 fours = half(four[n / 2]), twos = V::add8(half(two[n / 2]), V::add8(fours, fours));
+    V::template flush8_unsigned<1>(acc + 4 * n, V::add8(half(one[n / 2]), V::add8(twos, twos)));  // at most 7 * 15
+    V::template flush8_unsigned<8>(acc + 4 * n, eights[n]);
+  }
+}
+
 template <class V, int N, class Finish>
 void events_block(const Conv& c, const EventPacking<V>& p, size_t vector, const uint16_t* list, size_t count, size_t y,
                   const typename V::Scale& scale, const Finish& write) {
   typename V::I32 acc[4 * N];
-  const int8_t* weight = p.weight + vector * p.vector_bytes * p.rows;
+  const int8_t* weight = p.weight + vector * p.vector_bytes * p.stored;
   if constexpr (N % 2 == 0) {
-    if (p.nibbles) add_nibble_events<V, N>(weight, list, count, acc);
-    else add_events<V, N>(weight, list, count, *p.budget, acc);
+    if (p.nibbles) {
+      if constexpr (V::kCarrySave) add_nibble_groups<V, N>(weight, list, count, static_cast<uint16_t>(p.rows), acc);
+      else add_nibble_events<V, N>(weight, list, count, acc);
+    } else {
+      add_events<V, N>(weight, list, count, *p.budget, acc);
+    }
   } else {
     add_events<V, N>(weight, list, count, *p.budget, acc);
   }

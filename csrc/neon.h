@@ -223,6 +223,7 @@ struct Neon : NeonCodes<kDot> {
     acc[2] = vaddq_s32(acc[2], vshrq_n_s32(vshlq_n_s32(part, 8), 24));
     acc[3] = vsraq_n_s32(acc[3], part, 24);
   }
+  static constexpr bool kCarrySave = false;
   static void flush8_unsigned(I32* acc, I32 part) {
     const int32x4_t low = vdupq_n_s32(255);
     for (int j = 0; j < 4; ++j) acc[j] = vaddq_s32(acc[j], vandq_s32(shift_right_zero(part, 8 * j), low));

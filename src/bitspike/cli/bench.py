@@ -12,7 +12,15 @@ from rich.console import Console
 
 from bitspike.cli.device import ENDINGS
 from bitspike.cli.messages import console
-from bitspike.cli.networks import Pixels, class_names, kind_of, pictures_for, sample_pictures, split_pictures
+from bitspike.cli.networks import (
+    Pixels,
+    class_names,
+    kind_of,
+    pictures_for,
+    sample_frames,
+    sample_pictures,
+    split_pictures,
+)
 from bitspike.cli.options import Data, JsonFile, Settings, Words, read_settings
 from bitspike.cli.outputs import check_file
 from bitspike.deploy import Net, load_classifier, read_image
@@ -29,8 +37,8 @@ class BenchError(ValueError):
 
 def bench(model: str, /, *, peers: Annotated[bool, Parameter(negative=())] = False, threads: int = 1, batch: int = 1,
           seconds: float = 10.0, explain: Annotated[bool, Parameter(negative=())] = False, json_file: JsonFile = None,
-          pictures: list[Path] | None = None, data: Data = None, topology: str | None = None, skip: Words = (),
-          settings: Settings = ()) -> int:
+          pictures: list[Path] | None = None, data: Data = None, topology: str | None = None,
+          mean_count: float | None = None, skip: Words = (), settings: Settings = ()) -> int:
     """Time a network on this machine; with --peers also in ONNX Runtime, OpenVINO and PyTorch, on the same pictures.
 
     Parameters
@@ -55,6 +63,9 @@ def bench(model: str, /, *, peers: Annotated[bool, Parameter(negative=())] = Fal
         Folder of the data sets. Default: the environment variable BITSPIKE_DATA.
     topology
         For a recipe whose model has a choice: published or strict.
+    mean_count
+        For a recipe: move every neuron's threshold until it sends so many spikes a step on the pictures. Published
+        QSD-Transformers: about 0.25 (of 4). Default: thresholds as they are.
     skip
         Leave out peers with this word in their name, for example compiled, which takes minutes to build; may be repeated.
     settings
@@ -72,7 +83,7 @@ def bench(model: str, /, *, peers: Annotated[bool, Parameter(negative=())] = Fal
         check_file("--json", json_file)
     with tempfile.TemporaryDirectory(prefix="bitspike-bench-") as folder:
         artifact, plain, images, used = _subject(model, Path(folder), pictures, data, max(batch, 4), topology,
-                                                 read_settings(settings), peers)
+                                                 read_settings(settings), peers, mean_count)
         net = load_classifier(artifact)
         images = _batch(net, images, batch)
         with console().status("starting", spinner="dots") as status:
@@ -115,15 +126,15 @@ def _given(places: list[Path], source: Mapping[str, Any], count: int) -> Pixels:
 
 
 def _subject(model: str, folder: Path, files: list[Path] | None, data: Path | None, count: int, topology: str | None,
-             overrides: dict[str, str], peers: bool) -> tuple[Path, Path | None, Pixels, str]:
+             overrides: dict[str, str], peers: bool, mean_count: float | None) -> tuple[Path, Path | None, Pixels, str]:
     """(artifact, saved torch model or None, pictures, where they are from)."""
     kind = kind_of(model)
     if kind == "run":
         raise BenchError(f"{model} is a RUN folder: 'bitspike export {model} -o FILE.bitspike', then 'bitspike bench "
                          "FILE.bitspike'.")
     if kind == "file":
-        if overrides or topology:
-            raise BenchError(f"--set and --topology change a recipe; {model} is a finished network.")
+        if overrides or topology or mean_count is not None:
+            raise BenchError(f"--set, --topology and --mean-count change a recipe; {model} is a finished network.")
         path = Path(model) if Path(model).is_file() else ZOO / f"{model}.bitspike"
         net = load_classifier(model)
         return path, None, *_file_pictures(net, files, data, count)
@@ -135,15 +146,13 @@ def _subject(model: str, folder: Path, files: list[Path] | None, data: Path | No
     if recipe.task != "classification":
         raise BenchError(f"{model} is for {recipe.task}; other engines are compared on classifiers. 'bitspike profile FILE' "
                          "times the file of a segmenter or detector, benchmarks/scenes.py torch beside it.")
-    return _from_recipe(recipe, folder, files, data, count, peers)
+    return _from_recipe(recipe, folder, files, data, count, peers, mean_count)
 
 
 def _file_pictures(net: Net, files: list[Path] | None, data: Path | None, count: int) -> tuple[Pixels, str]:
     height, width, channels = net.input_shape
     if net.input_steps > 1:
-        rng = np.random.default_rng(0)  # sparse frames of events
-        frames = rng.poisson(0.1, (net.input_steps, count, height, width, channels)).clip(0, 255).astype(np.uint8)
-        return frames, "synthetic event frames"
+        return sample_frames(count, net.input_steps, height, width, channels), "synthetic event frames"
     if files:
         images = _given(files, net.header["input"], count)
         return images, f"{len(images)} pictures of {', '.join(map(str, files))}"
@@ -162,9 +171,10 @@ def _file_pictures(net: Net, files: list[Path] | None, data: Path | None, count:
 
 
 def _from_recipe(recipe: Recipe, folder: Path, files: list[Path] | None, data: Path | None, count: int,
-                 peers: bool) -> tuple[Path, Path | None, Pixels, str]:
+                 peers: bool, mean_count: float | None) -> tuple[Path, Path | None, Pixels, str]:
     import torch
 
+    from bitspike.benching.rates import set_mean_count
     from bitspike.benching.to_torch import PlainModel
     from bitspike.checkpoints import build
     from bitspike.exporting import calibrate_norms, export_model
@@ -179,7 +189,11 @@ def _from_recipe(recipe: Recipe, folder: Path, files: list[Path] | None, data: P
         pixels, found = pictures_for(recipe, data, wanted, "test")
         used = f"pictures of {recipe.data} test" if found is not None else "pictures of the embedded Fashion-MNIST sample"
     model = build(recipe)
-    calibrate_norms(model, pixels, recipe.mean, recipe.std)
+    if mean_count is None:
+        calibrate_norms(model, pixels, recipe.mean, recipe.std)
+    else:
+        set_mean_count(model, pixels, recipe.mean, recipe.std, mean_count)
+        used += f", every neuron at a mean count of {mean_count:g}"
     path = folder / "net.bitspike"
     export_model(model, path, mean=recipe.mean, std=recipe.std, image_size=size, channels=channels,
                  classes=class_names(model.eval(), recipe), calibration_images=pixels, name=recipe.name,
