@@ -173,8 +173,12 @@ struct Avx512 {
   static I32 majority(I32 a, I32 b, I32 c) { return _mm512_ternarylogic_epi32(a, b, c, 0xe8); }
   static I32 parity(I32 a, I32 b, I32 c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
   static I32 low_nibbles(I32 v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-  // Appends every channel's number as often as its code says, in no order; may write 16 entries too many.
+  // Appends every channel's number as often as its code says, in no order; may write 64 entries too many.
   static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
+    return cpu_has_avx512_compress() ? append_events_avx512(to, count, codes, channels)
+                                     : append_events_by_16(to, count, codes, channels);
+  }
+  static size_t append_events_by_16(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
     const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int c = 0; c < channels; c += kBytes) {
       const __m512i code = load_codes(codes + c, channels - c);

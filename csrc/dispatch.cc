@@ -34,6 +34,7 @@ bool cpu_has(int leaf7_ebx_bits, int leaf7_ecx_bits, unsigned long long saved) {
 bool has_avx2() { return cpu_has(1 << 5, 0, 0x6); }
 bool has_avx512() { return cpu_has((1 << 16) | (1 << 17) | (1 << 30) | (1u << 31), 1 << 11, 0xe6); }
 bool has_avx512_popcount() { return has_avx512() && cpu_has(0, 1 << 14, 0xe6); }
+bool has_avx512_compress() { return has_avx512() && cpu_has(0, 1 << 6, 0xe6); }
 #else
 bool has_avx2() { return __builtin_cpu_supports("avx2"); }
 
@@ -44,6 +45,7 @@ bool has_avx512() {
 }
 
 bool has_avx512_popcount() { return has_avx512() && __builtin_cpu_supports("avx512vpopcntdq"); }
+bool has_avx512_compress() { return has_avx512() && __builtin_cpu_supports("avx512vbmi2"); }
 #endif
 #endif
 
@@ -85,6 +87,10 @@ struct Available {
 #ifdef BITSPIKE_X86
 bool cpu_has_avx512_popcount() {
   static const bool has = has_avx512_popcount();
+  return has;
+}
+bool cpu_has_avx512_compress() {
+  static const bool has = has_avx512_compress();
   return has;
 }
 #endif

@@ -132,14 +132,18 @@ void attention(const Attention& a, const uint8_t* q, const uint8_t* k, const uin
   }
 }
 
+constexpr int kCountedEntries = 63;  // of a table of potentials: more are sooner searched than compared with all
+
 // The steps of a few neurons at a time: their potentials stay in registers.
 template <class V>
-void lif(const Lif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
+void lif_packed(const PackedLif& packed, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
   using I32 = typename V::I32;
+  if (packed.table && packed.entries > kCountedEntries) return scalar_lif_packed(packed, x, count, x_stride, y, y_stride);
+  const Lif& p = packed.lif;
   const typename V::Factor decay(int64_t{p.decay_m}), gain(int64_t{p.gain_m}), one(int64_t{1});
-  const typename V::Factor minus_threshold(-int64_t{p.threshold});
+  const typename V::Factor minus_amount(-int64_t{packed.amount});
   const typename V::Scale decay_scale(p.decay_s), gain_scale(p.gain_s), unit(0);
-  const I32 threshold = V::splat(p.threshold);
+  const I32 threshold = V::splat(p.threshold), all = V::splat(packed.entries - packed.entries / 2);
   for (size_t i = 0; i < count; i += V::kLanes) {
     const int lanes = count - i < V::kLanes ? static_cast<int>(count - i) : V::kLanes;
     I32 v = V::zero();
@@ -150,9 +154,19 @@ void lif(const Lif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t*
       V::store_codes(y + t * y_stride + i, V::and_(spike, V::splat(1)), lanes);
       v = h;
       if (p.reset == Lif::Reset::hard) v = V::select(spike, V::zero(), h);
-      if (p.reset == Lif::Reset::soft) v = V::select(spike, V::requant(h, one, minus_threshold, unit), h);
+      if (p.reset == Lif::Reset::soft) v = V::select(spike, V::requant(h, one, minus_amount, unit), h);
+      if (packed.table) {
+        I32 code = all;
+        for (int e = 0; e < packed.entries; ++e) code = V::add(code, V::more(V::splat(packed.table[e]), v));  // -1 if above
+        v = code;
+      }
     }
   }
+}
+
+template <class V>
+void lif(const Lif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
+  lif_packed<V>({p, p.threshold, nullptr, 0}, x, count, x_stride, y, y_stride);
 }
 
 template <class V>
@@ -191,6 +205,7 @@ constexpr Kernels kernels(const char* name, ConvKernel popcount) {
           attention<V>,
           scalar_mean,
           lif<V>,
+          lif_packed<V>,
           ielif<V>,
           scalar_lookup,
           spin<V>};

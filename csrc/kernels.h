@@ -106,6 +106,15 @@ struct Lif {
   int steps;
 };
 
+// lif with a soft reset by `amount`; with a table ([entries], sorted) the potential is a code between steps: the number of
+// entries that are not above it, less entries / 2.
+struct PackedLif {
+  Lif lif;
+  int32_t amount;
+  const int32_t* table;  // nullptr: the potential itself is kept
+  int entries;
+};
+
 struct IeLif {
   int32_t decay_m;
   int decay_s, levels, fraction_bits, steps;
@@ -137,6 +146,7 @@ struct Kernels {
   void (*mean)(Kind kind, const void* x, size_t rows, size_t columns, size_t row_stride, int32_t m, int32_t* y);
   // Element i of step t is x[t * x_stride + i]; y[t * y_stride + i]. x_stride = 0 repeats one step.
   void (*lif)(const Lif&, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride);
+  void (*lif_packed)(const PackedLif&, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride);
   void (*ielif)(const IeLif&, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride);
   // table: [channels, 256]
   void (*lookup)(const uint8_t* x, size_t rows, size_t channels, const int8_t* table, int8_t* y);
@@ -153,6 +163,7 @@ bool may_support(Variant, const Conv&);
 // The scalar kernels that other sets borrow. (Their tables must be constants: code that runs when the module is loaded
 // must not use instructions the CPU may lack.)
 void scalar_mean(Kind, const void* x, size_t rows, size_t columns, size_t row_stride, int32_t m, int32_t* y);
+void scalar_lif_packed(const PackedLif&, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride);
 void scalar_lookup(const uint8_t* x, size_t rows, size_t channels, const int8_t* table, int8_t* y);
 
 #ifdef BITSPIKE_X86
@@ -168,6 +179,10 @@ void conv_popcount_avx512(const Conv&, const void* packed, const void* image, in
                           void* scratch);
 double spin_popcount_avx512(size_t rounds);
 bool cpu_has_avx512_popcount();  // dispatch.cc
+
+// avx512_compress.cc, for CPUs with VBMI2: see append_events in avx512.h.
+size_t append_events_avx512(uint16_t* to, size_t count, const uint8_t* codes, int channels);
+bool cpu_has_avx512_compress();  // dispatch.cc
 #endif
 
 #ifdef BITSPIKE_ARM64

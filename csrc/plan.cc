@@ -326,7 +326,7 @@ void Plan::lif_packed(int x, const PackedLif& given, std::vector<int32_t> table,
     const Value &vx = values_[x], &vy = values_[y];
     const char* from = place(vx, g, tile, capacity, s, 0);
     char* to = place(vy, g, tile, capacity, s, 0);
-    bitspike::lif_packed(p, reinterpret_cast<const int32_t*>(from), tile.count * vx.channels,
+    kernels_.lif_packed(p, reinterpret_cast<const int32_t*>(from), tile.count * vx.channels,
                          stride(vx, from, place(vx, g, tile, capacity, s, 1)), reinterpret_cast<uint8_t*>(to),
                          stride(vy, to, place(vy, g, tile, capacity, s, 1)));
   };

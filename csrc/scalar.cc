@@ -165,18 +165,7 @@ void attention(const Attention& a, const uint8_t* q, const uint8_t* k, const uin
 }
 
 void lif(const Lif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
-  for (size_t i = 0; i < count; ++i) {
-    int32_t v = 0;
-    for (int t = 0; t < p.steps; ++t) {
-      const int32_t h = sat32(rshift(int64_t{v} * p.decay_m, p.decay_s) +
-                              rshift(int64_t{x[t * x_stride + i]} * p.gain_m, p.gain_s));
-      const bool spike = p.strict ? h > p.threshold : h >= p.threshold;
-      y[t * y_stride + i] = spike;
-      v = h;
-      if (spike && p.reset == Lif::Reset::hard) v = 0;
-      if (spike && p.reset == Lif::Reset::soft) v = sat32(int64_t{h} - p.threshold);
-    }
-  }
+  scalar_lif_packed({p, p.threshold, nullptr, 0}, x, count, x_stride, y, y_stride);
 }
 
 void ielif(const IeLif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
@@ -192,6 +181,30 @@ void ielif(const IeLif& p, const int32_t* x, size_t count, size_t x_stride, uint
 }
 
 }  // namespace
+
+void scalar_lif_packed(const PackedLif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
+  const Lif& lif = p.lif;
+  for (size_t i = 0; i < count; ++i) {
+    int32_t v = 0;
+    for (int t = 0; t < lif.steps; ++t) {
+      const int32_t h = sat32(rshift(int64_t{v} * lif.decay_m, lif.decay_s) +
+                              rshift(int64_t{x[t * x_stride + i]} * lif.gain_m, lif.gain_s));
+      const bool spike = lif.strict ? h > lif.threshold : h >= lif.threshold;
+      y[t * y_stride + i] = spike;
+      v = h;
+      if (spike && lif.reset == Lif::Reset::hard) v = 0;
+      if (spike && lif.reset == Lif::Reset::soft) v = sat32(int64_t{h} - p.amount);
+      if (!p.table) continue;
+      const int32_t* from = p.table;  // the first entry above v, by halving
+      for (int left = p.entries; left > 0;) {
+        const int half = left / 2;
+        if (from[half] <= v) from += half + 1, left -= half + 1;
+        else left = half;
+      }
+      v = static_cast<int32_t>(from - p.table) - p.entries / 2;
+    }
+  }
+}
 
 void scalar_mean(Kind kind, const void* x, size_t rows, size_t columns, size_t row_stride, int32_t m, int32_t* y) {
   const int64_t n = static_cast<int64_t>(rows);
@@ -264,6 +277,7 @@ constexpr Kernels kernels_scalar = {"scalar",
                                     attention,
                                     scalar_mean,
                                     lif,
+                                    scalar_lif_packed,
                                     ielif,
                                     scalar_lookup,
                                     nullptr};

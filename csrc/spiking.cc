@@ -9,48 +9,6 @@ namespace {
 int64_t rshift(int64_t x, int s) { return s > 0 ? (x + (int64_t{1} << (s - 1))) >> s : x; }
 int32_t sat32(int64_t x) { return static_cast<int32_t>(std::clamp<int64_t>(x, INT32_MIN, INT32_MAX)); }
 
-constexpr int kFew = 14;  // entries of a table that are sooner counted than searched
-
-int32_t code_of(const PackedLif& p, int32_t v) {
-  int below = 0;
-  if (p.entries <= kFew) {
-    for (int i = 0; i < p.entries; ++i) below += p.table[i] <= v;
-  } else {
-    below = static_cast<int>(std::upper_bound(p.table, p.table + p.entries, v) - p.table);
-  }
-  return below - p.entries / 2;
-}
-
-}  // namespace
-
-void lif_packed(const PackedLif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
-  constexpr size_t kBlock = 256;
-  int32_t v[kBlock];
-  const Lif& lif = p.lif;
-  for (size_t first = 0; first < count; first += kBlock) {
-    const size_t n = std::min(kBlock, count - first);
-    std::fill(v, v + n, 0);
-    for (int t = 0; t < lif.steps; ++t) {
-      const int32_t* in = x + t * x_stride + first;
-      uint8_t* out = y + t * y_stride + first;
-      for (size_t i = 0; i < n; ++i) {
-        const int32_t h = sat32(rshift(int64_t{v[i]} * lif.decay_m, lif.decay_s) +
-                                rshift(int64_t{in[i]} * lif.gain_m, lif.gain_s));
-        const bool spike = lif.strict ? h > lif.threshold : h >= lif.threshold;
-        out[i] = spike;
-        int32_t next = h;
-        if (spike && lif.reset == Lif::Reset::hard) next = 0;
-        if (spike && lif.reset == Lif::Reset::soft) next = sat32(int64_t{h} - p.amount);
-        v[i] = next;
-      }
-      if (p.table)
-        for (size_t i = 0; i < n; ++i) v[i] = code_of(p, v[i]);
-    }
-  }
-}
-
-namespace {
-
 int32_t dot(const uint8_t* a, const uint8_t* b, size_t n) {
   int32_t sum = 0;
   for (size_t i = 0; i < n; ++i) sum += static_cast<int16_t>(a[i]) * static_cast<int16_t>(b[i]);

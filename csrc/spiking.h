@@ -1,18 +1,9 @@
-// Steps of spiking networks over time that need no instruction set of their own: neurons whose potential is kept in few
-// bits, and attention by maps of spikes. Plain loops for the compiler's vectorizer; docs/format.md has the definitions.
+// Steps of spiking networks over time that need no instruction set of their own: attention by maps
+// of spikes. Plain loops for the compiler's vectorizer; docs/format.md has the definitions.
 #pragma once
 #include "kernels.h"
 
 namespace bitspike {
-
-// lif with a soft reset by `amount`; with a table ([entries], sorted) the potential is a code between steps (lif_packed).
-struct PackedLif {
-  Lif lif;
-  int32_t amount;
-  const int32_t* table;  // nullptr: the potential itself is kept
-  int entries;
-};
-void lif_packed(const PackedLif&, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride);
 
 // One image and time step; arrays are [tokens, heads * width].
 struct Heads {

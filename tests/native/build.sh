@@ -13,6 +13,7 @@ case "$("$compiler" -dumpmachine)" in
     for file in "$root"/csrc/avx512*.cc; do
       name="$(basename "$file" .cc)"
       more=""; [ "$name" = avx512_popcount ] && more=-mavx512vpopcntdq
+      [ "$name" = avx512_compress ] && more=-mavx512vbmi2
       compile "$file" "$name" $target $avx512 $more "$@"
     done ;;
   aarch64*) target=-DBITSPIKE_ARM64=1
