@@ -5,9 +5,10 @@
 namespace bitspike {
 
 // A variant's time in nanoseconds is
-//   product * products + addition * products * load + scan * reads + output * outputs
+//   product * products + addition * additions * load + scan * reads + output * outputs
 // with `products` the multiply-accumulates of one image (for popcount: times the bits of its codes), `load` the mean of
-// the input's codes, which is the share of additions that events have to do, and `reads` the codes of all windows.
+// the input's codes, which is the share of `additions` (as many as products, outputs rounded up to whole vectors) that
+// events have to do, and `reads` the codes of all windows.
 struct Cost {
   float product, addition, scan, output;
 };
