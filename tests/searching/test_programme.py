@@ -116,3 +116,27 @@ def test_a_large_network_is_solved_in_seconds():
     choice = solve(space.layers, damage, [row])
     assert choice is not None and row.holds(choice)
     assert time.process_time() - began < 10
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-8, 6), min_size=20, max_size=20), st.floats(0, 1))
+def test_damages_of_very_different_sizes(powers, where):
+    """One candidate that ruins the network must not hide the differences between the others."""
+    names = [f"l{i}" for i in range(5)]
+    space = Space(dict.fromkeys(names, FEW), dict.fromkeys(names, 100))
+    damage = table(space, [10.0**p for p in powers])
+    used = {n: {s: float(100 * s.bits) for s in found} for n, found in space.layers.items()}
+    row = Row("bits", used, 500 + where * 3500)
+    best = min(sum(damage[n][s] for n, s in c.items()) for c in everything(space) if row.holds(c))
+    choice = solve(space.layers, damage, [row])
+    assert row.holds(choice)
+    assert sum(damage[n][s] for n, s in choice.items()) <= best * (1 + 1e-9)
+
+
+def test_a_solver_out_of_time_is_told_from_a_budget_out_of_reach(monkeypatch):
+    from types import SimpleNamespace
+
+    space = Space(dict.fromkeys("ab", FEW), dict.fromkeys("ab", 100))
+    monkeypatch.setattr("scipy.optimize.milp", lambda *a, **k: SimpleNamespace(x=None, status=1))
+    with pytest.raises(SearchError, match="within 5 s, which does not mean"):
+        solve(space.layers, table(space, range(8)), [], seconds=5)

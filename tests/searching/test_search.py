@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from bitspike.cost import technology
 from bitspike.layers import codes, quantize_
 from bitspike.neurons import IELIF, LIF
 from bitspike.searching import CANDIDATES, Budget, SearchData, SearchError, make_space, parse_candidates, search
@@ -270,3 +271,48 @@ def test_energy_counts_the_state_of_neurons():
         return Costs(net, pictures().images[:4], make_space(net, FEW)).fixed_energy(1e3)
 
     assert fixed(1) == 0 and fixed(4) == pytest.approx(2 * 4 * 64 * 4 / 8 * 10)
+
+
+def test_a_study_of_other_settings_is_refused(tmp_path):
+    """Constraints are stored with the trials, so another technology or other candidates must not read them."""
+    asked = {"method": "blackbox", "options": BlackBox(2), "out": tmp_path}
+    search(network(), FEW, "bits=3", pictures(), **asked)
+    for other in ({"technology": technology("bit_proportional")}, {"candidates": FEW[:3]}):
+        with pytest.raises(SearchError, match="candidates, constants"):
+            search(network(), **{"candidates": FEW, "budget": "bits=3", "data": pictures(), **asked, **other})
+
+
+def test_a_trial_that_a_kill_cut_short_is_tried_again(tmp_path, monkeypatch):
+    """The first trial, a uniform choice, dies with its process; nothing may be lost by that."""
+    only = parse_candidates("uniform:2,8")
+    whole, _ = search(network(), only, "bits=2", pictures(), method="blackbox", options=BlackBox(3), out=tmp_path / "a")
+    measure, calls = Bench.measure, []
+
+    def dies(self, choice):
+        calls.append(choice)
+        if len(calls) == 2:  # the first is the network without a spec
+            raise SystemExit
+        return measure(self, choice)
+
+    monkeypatch.setattr(Bench, "measure", dies)
+    with pytest.raises(SystemExit):
+        search(network(), only, "bits=2", pictures(), method="blackbox", options=BlackBox(3), out=tmp_path / "b")
+    monkeypatch.undo()
+    again, _ = search(network(), only, "bits=2", pictures(), method="blackbox", options=BlackBox(3), out=tmp_path / "b")
+    assert again == whole
+
+
+def test_black_box_makes_small_what_is_asked():
+    found = {cheap: search(network(), FEW, "drop=100", pictures(), method="blackbox", options=BlackBox(30), cheap=cheap)[1]
+             for cheap in ("bytes", "energy")}
+    assert found["energy"].searched.totals.energy_pj <= found["bytes"].searched.totals.energy_pj
+    assert found["bytes"].searched.totals.bytes <= found["energy"].searched.totals.bytes
+
+
+@pytest.mark.parametrize("name,method", [("optuna.journal", "blackbox"), ("differentiable.pt", "differentiable"),
+                                         ("measurements.jsonl", "sensitivity")])
+def test_damaged_files_of_a_search_are_named(tmp_path, name, method):
+    (tmp_path / name).write_text("[]\n" if name.endswith("jsonl") else "garbage\n")
+    options = {"blackbox": BlackBox(2), "differentiable": Differentiable(steps=2, batch=8)}.get(method)
+    with pytest.raises(SearchError, match="another --out"):
+        search(network(), FEW, "bits=3", pictures(), method=method, options=options, out=tmp_path)

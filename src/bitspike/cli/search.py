@@ -1,6 +1,7 @@
 """The command `search`: bits and schemes per layer, within a budget."""
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def search(target: str, /, *, budget: Words, out: Path, data: Data = None, method: str = "sensitivity", measure: str = "loss",
-           candidates: str = "", layer: Words = (), images: int = 2000, trials: int = 100, steps: int = 200,
+           candidates: str = "", layer: Words = (), images: int = 2000, trials: int | None = None, steps: int | None = None,
            storage: str | None = None, technology: str = "45nm", cheap: str = "bytes", seed: int = 0,
            settings: Settings = ()) -> int:
     """Choose a scheme and a width for every layer, within a budget; the same command goes on after a kill.
@@ -44,9 +45,9 @@ def search(target: str, /, *, budget: Words, out: Path, data: Data = None, metho
     images
         Training pictures to look at, half of them for the norms' statistics.
     trials
-        For blackbox: how many specs to try.
+        For blackbox: how many specs to try. Default: 100.
     steps
-        For differentiable: training steps of the search.
+        For differentiable: training steps of the search. Default: 200.
     storage
         For blackbox: optuna's storage, shared by several processes or machines. Default: a file in DIR.
     technology
@@ -64,6 +65,7 @@ def search(target: str, /, *, budget: Words, out: Path, data: Data = None, metho
     from bitspike.evaluation import as_input, autocast
     from bitspike.searching import (
         CANDIDATES,
+        METHODS,
         Budget,
         SearchError,
         blackbox,
@@ -76,6 +78,12 @@ def search(target: str, /, *, budget: Words, out: Path, data: Data = None, metho
     from bitspike.searching.measure import check_finite
 
     check_folder("--out", out)
+    if method not in METHODS:
+        raise SearchError(f"--method {method}: allowed are {', '.join(METHODS)}.")
+    for option, value, owner in (("--trials", trials, "blackbox"), ("--storage", storage, "blackbox"),
+                                 ("--steps", steps, "differentiable")):
+        if value is not None and method != owner:
+            raise SearchError(f"{option} has no effect with --method {method}; it is for {owner}.")
     limits = Budget.parse(*budget)
     constants = read_technology(technology)
     rules = {"*": parse_candidates(candidates) if candidates else CANDIDATES}
@@ -84,8 +92,9 @@ def search(target: str, /, *, budget: Words, out: Path, data: Data = None, metho
         if not equals or not pattern.strip():
             raise SearchError(f"--layer {rule!r}: expected LAYERS=CANDIDATES, such as --layer 'head=uniform:8'.")
         rules[pattern.strip()] = parse_candidates(text)
-    options: Any = {"blackbox": lambda: blackbox.Options(trials, storage),
-                    "differentiable": lambda: differentiable.Options(steps)}.get(method, lambda: None)()
+    options: Any = {"blackbox": lambda: blackbox.Options(100 if trials is None else trials, storage),
+                    "differentiable": lambda: differentiable.Options(200 if steps is None else steps),
+                    "sensitivity": lambda: None}[method]()
     model, recipe, shown = _network(target, settings, data)
     check_finite(model)
     known = search_data(recipe, data, images, seed)
@@ -103,8 +112,8 @@ def search(target: str, /, *, budget: Words, out: Path, data: Data = None, metho
     write_spec(spec, out / "spec.json")
     write_report(report, out / "report.json")
     lines = _next_steps(shown, recipe, out, target, data)
-    _write_pictures(report, out, lines)
-    _tell_result(report, out, lines)
+    written = ["spec.json", "report.json", *_write_pictures(report, out, lines)]
+    _tell_result(report, out, written, lines)
     return 0
 
 
@@ -231,14 +240,17 @@ def _provenance_like(recipe: Recipe) -> dict[str, Any]:
 
 def _next_steps(name: str, recipe: Recipe, out: Path, target: str, data: Path | None) -> list[str]:
     """Commands that tune and use what was found: a tenth of the recipe's epochs, at less than half its learning rate."""
-    run, where = target if Path(target).is_dir() else "RUN", f" --data {data}" if data is not None else ""
+    run = shlex.quote(target) if Path(target).is_dir() else "RUN"
+    where = "" if data is None else f" --data {shlex.quote(str(data))}"
+    spec = shlex.quote(str(out / "spec.json"))
     shorter = {"epochs": recipe.epochs / 10, "warmup_epochs": recipe.epochs / 100, "lr": 0.4 * recipe.lr}
-    return [f"bitspike train {name}{where} --spec {out}/spec.json --start {run} --set teacher={run} --set distill_logits=1 "
+    return [f"bitspike train {name}{where} --spec {spec} --start {run} --set teacher={run} --set distill_logits=1 "
             + "".join(f"--set {field}={value:.2g} " for field, value in shorter.items()) + "--out TUNED",
             f"bitspike export TUNED{where} -o network.bitspike", "bitspike run network.bitspike PICTURE"]
 
 
-def _write_pictures(report: SearchReport, out: Path, lines: list[str]) -> None:
+def _write_pictures(report: SearchReport, out: Path, lines: list[str]) -> list[str]:
+    """Figures and the page, where matplotlib is installed. Returns the name of the page."""
     from bitspike.extras import explain
     from bitspike.reporting import bits_figure, front_figure, save_figures, write_page
 
@@ -248,11 +260,12 @@ def _write_pictures(report: SearchReport, out: Path, lines: list[str]) -> None:
                       "bits": bits_figure(plain["searched"]["layers"], plain["layers"])}, out)
     except ModuleNotFoundError as error:
         warn(f"no figures and no page: {explain(error) or error}")
-        return
+        return []
     write_page(out / "report.html", plain, lines)
+    return ["report.html"]
 
 
-def _tell_result(report: SearchReport, out: Path, lines: list[str]) -> None:
+def _tell_result(report: SearchReport, out: Path, written: list[str], lines: list[str]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{report.method} within {report.budget}", title_justify="left")
@@ -267,4 +280,4 @@ def _tell_result(report: SearchReport, out: Path, lines: list[str]) -> None:
     print_wide(table)
     chosen = ", ".join(f"{name} {scheme.kind} {scheme.bits}" for name, scheme in report.searched.choice.items())
     console().print(f"Chosen: {chosen}.", markup=False)
-    console().print(f"In {out}: spec.json, report.json, report.html. Next:\n  " + "\n  ".join(lines), markup=False)
+    console().print(f"In {out}: {', '.join(written)}. Next:\n  " + "\n  ".join(lines), markup=False)

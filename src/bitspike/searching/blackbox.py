@@ -5,6 +5,8 @@ start it several times at once, on one machine or on several that share the fold
 """
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import warnings
 from collections.abc import Callable
@@ -74,29 +76,36 @@ def _to_choice(space: Space, params: dict[str, str]) -> Choice:
 
 
 def run(bench: Bench, space: Space, costs: Costs, budget: Budget, options: Options, seed: int, folder: Path | None,
-        tell: Callable[[str, int, int], None]) -> Choice:
-    """The best choice within the budget: of least divergence, or for `drop` of least bytes.
+        tell: Callable[[str, int, int], None], cheap: str = "bytes") -> Choice:
+    """The best choice within the budget: of least divergence, or for `drop` of least `cheap`, "bytes" or "energy".
 
     Objectives: divergence, bytes and energy, by NSGA-II with the budgets as constraints; the first trials are the uniform
     choices.
-    Errors: SearchError if no trial met the budget (with how near the nearest came); a study of another network.
+    A trial that a kill cut short is tried again.
+    Errors: SearchError if no trial met the budget (with how near the nearest came); a study of another search or a damaged one.
     """
     import optuna
     from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = _storage(options, folder)
-    study = optuna.create_study(study_name=_NAME, storage=storage, load_if_exists=True,
-                                directions=["minimize"] * 3)
-    subject = f"{bench.fingerprint()} {budget}"
+    try:
+        study = optuna.create_study(study_name=_NAME, storage=storage, load_if_exists=True, directions=["minimize"] * 3)
+    except (ValueError, KeyError, TypeError) as error:  # what a journal that is no journal gives
+        raise SearchError(f"the stored study cannot be read ({type(error).__name__}: {error}); it is damaged: choose another "
+                          "--out or storage, or delete it.") from None
+    constants = costs.technology
+    described = {"network, data": bench.fingerprint(), "budget": str(budget),
+                 "technology": [constants.name, constants.rule, *constants.describe()],
+                 "candidates": {name: list(found) for name, found in _names(space).items()}}
+    subject = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     stored = study.user_attrs.get("subject")
     if stored is None:
         study.set_user_attr("subject", subject)
-        for choice in _uniform(space):
-            study.enqueue_trial({name: key_of(s) for name, s in choice.items()}, skip_if_exists=True)
     elif stored != subject:
-        raise SearchError("the stored study is of another network, other data or another budget; choose another --out or "
-                          "storage.")
+        raise SearchError("the stored study is of another network, other data, candidates, constants or another budget; choose "
+                          "another --out or storage, or the same settings to go on.")
+    _enqueue_uniform(study, space)
     full = bench.measure({}).top1
 
     def objective(trial: optuna.Trial) -> tuple[float, float, float]:
@@ -116,7 +125,7 @@ def run(bench: Bench, space: Space, costs: Costs, budget: Budget, options: Optio
         study.optimize(objective, n_trials=1)
         done = finished()
         tell("trials", min(done, options.trials), options.trials)
-    return _best(study, space, budget)
+    return _best(study, space, costs, budget, cheap)
 
 
 def _uniform(space: Space) -> list[Choice]:
@@ -125,15 +134,33 @@ def _uniform(space: Space) -> list[Choice]:
     return [dict.fromkeys(space.layers, s) for s in shared]
 
 
-def _best(study: optuna.Study, space: Space, budget: Budget) -> Choice:
+def _enqueue_uniform(study: optuna.Study, space: Space) -> None:
+    """Let the uniform choices be tried, those too whose trial a kill cut short (which stays "running" for good)."""
+    from optuna.trial import TrialState
+
+    there = [t.params or t.system_attrs.get("fixed_params") for t in
+             study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.WAITING))]
+    for choice in _uniform(space):
+        params = {name: key_of(s) for name, s in choice.items()}
+        if params not in there:
+            study.enqueue_trial(params)
+
+
+def _best(study: optuna.Study, space: Space, costs: Costs, budget: Budget, cheap: str) -> Choice:
     from optuna.trial import TrialState
 
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    fitting = [t for t in trials if all(e <= 1e-9 for e in t.user_attrs["excess"])]
+
+    def excess(trial: optuna.trial.FrozenTrial) -> float:
+        totals = costs.of(_to_choice(space, trial.params))
+        return max([*trial.user_attrs["excess"], *budget.over(totals.bits, totals.bytes, totals.energy_pj)])
+
+    fitting = [t for t in trials if excess(t) <= 1e-9]
     if not fitting:
-        nearest = min((max(t.user_attrs["excess"]) for t in trials), default=math.inf)
+        nearest = min((excess(t) for t in trials), default=math.inf)
         raise SearchError(f"{budget}: none of {len(trials)} trials meets it; the nearest is {nearest:.1%} over. Allow "
                           "more trials, or use method='sensitivity', which meets a budget exactly.")
     if budget.drop is not None:
-        return _to_choice(space, min(fitting, key=lambda t: t.values[1]).params)
+        cost = 2 if cheap == "energy" else 1
+        return _to_choice(space, min(fitting, key=lambda t: t.values[cost]).params)
     return _to_choice(space, min(fitting, key=lambda t: (t.values[0], t.values[1])).params)

@@ -173,7 +173,11 @@ def _load(path: Path | None, settings: dict[str, Any], model: nn.Module, logits:
           *optimizers: torch.optim.Optimizer) -> int:
     if path is None or not path.is_file():
         return 0
-    stored = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader raises almost anything on a broken file
+        raise SearchError(f"{path} cannot be read ({type(error).__name__}); it is damaged: choose another --out, or delete the "
+                          "file to begin again.") from None
     if json.loads(stored["settings"]) != settings:
         raise SearchError(f"{path} is of another search; choose another --out, or the same settings to go on.")
     model.load_state_dict(stored["model"])

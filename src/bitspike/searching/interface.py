@@ -136,7 +136,7 @@ def search(model: nn.Module, candidates: Sequence[Scheme] | Mapping[str, Sequenc
         choice = differentiable.run(bench, space, costs, limits, chosen, seed, folder, say)
     else:
         picked = options if isinstance(options, blackbox.Options) else blackbox.Options()
-        choice = blackbox.run(bench, space, costs, limits, picked, seed, folder, say)
+        choice = blackbox.run(bench, space, costs, limits, picked, seed, folder, say, cheap)
     report = _report(bench, space, costs, damage, limits, choice, journal, method, seed, technology, say)
     return space.spec(choice), SearchReport(seconds=time.monotonic() - started, **report)
 

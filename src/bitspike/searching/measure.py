@@ -203,9 +203,13 @@ class Journal:
         rows = []
         for line in lines:
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(row, dict):
+                raise SearchError(f"{path} holds {line.strip()[:40]!r}, which is no measurement; choose another --out, or "
+                                  "delete the file.")
+            rows.append(row)
         if rows and rows[0] != {"subject": dict(subject)}:
             stored = rows[0].get("subject", {})
             different = sorted(k for k in {**stored, **subject} if stored.get(k) != subject.get(k))

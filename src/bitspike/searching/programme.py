@@ -1,6 +1,7 @@
 """The integer programme: the choice of least damage within a budget, exactly (scipy's `milp`, HiGHS)."""
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from bitspike.spec import Scheme
 
 Damage = Mapping[str, Mapping[Scheme, float]]  # layer -> candidate -> what it is believed to cost in accuracy
 
+_LARGEST = 1e6  # largest damage the solver sees: its gap of 1e-6 is then 1e-12 of it
 _SLACK = 1e-9  # relative: how far rounding of a sum of floats may go past a limit
 
 
@@ -42,23 +44,41 @@ class Row:
 def solve(layers: Mapping[str, tuple[Scheme, ...]], damage: Damage, rows: list[Row], seconds: float = 60.0) -> Choice | None:
     """The choice of least total damage that meets every row; None if there is none.
 
-    Exact: the solver runs to a gap of zero, and what it returns is checked in exact order of summation; a limit that its
-    tolerance overstepped is tightened and solved again. `seconds` bounds one solve; the best choice found so far is returned
-    then. Errors: SearchError for damages that are no numbers.
+    Exact to 1e-12 of the total: the solver's gap is absolute, so a candidate that no best choice can take (it alone costs
+    more than a choice that was found) is left out, and the rest is scaled and solved again. What is returned is checked in
+    exact order of summation; a limit that the solver's tolerance overstepped is tightened and solved again.
+    `seconds` bounds one solve; the best choice found so far is returned then, with a warning.
+    Errors: SearchError for damages that are no numbers, or if nothing was found in that time.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     pairs = [(name, scheme) for name, found in layers.items() for scheme in found]
     values = np.array([damage[n][s] for n, s in pairs], np.float64)
     if not np.isfinite(values).all():
         name, scheme = pairs[int(np.flatnonzero(~np.isfinite(values))[0])]
         raise SearchError(f"layer {name!r} with {scheme.kind} {scheme.bits} bits: the measured damage is not a number; "
                           "leave that candidate out, or look for what overflows there.")
+    least = {name: min(damage[name].values()) for name in layers}
+    more = np.array([damage[n][s] - least[n] for n, s in pairs], np.float64)  # of which every choice pays at least 0 a layer
+    open_ = np.ones(len(pairs), bool)
+    while True:
+        scale = float(more[open_].max()) or 1.0
+        choice = _solve_once(layers, pairs, more * (_LARGEST / scale), open_, rows, seconds)
+        if choice is None:
+            return None
+        total = sum(damage[n][s] - least[n] for n, s in choice.items())
+        if total >= scale or total == 0:
+            return choice
+        open_ = more <= total
+
+
+def _solve_once(layers: Mapping[str, tuple[Scheme, ...]], pairs: list[tuple[str, Scheme]], values: np.ndarray,
+                open_: np.ndarray, rows: list[Row], seconds: float) -> Choice | None:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     index = {name: i for i, name in enumerate(layers)}
     rows_of = np.array([index[n] for n, _ in pairs])
     one = csr_array((np.ones(len(pairs)), (rows_of, np.arange(len(pairs)))), shape=(len(layers), len(pairs)))
-    scale = float(np.abs(values).max()) or 1.0
+    values = np.where(open_, values, 0.0)
     limits = [row.limit + _SLACK * abs(row.limit) for row in rows]
     for _ in range(8):
         constraints: list[Any] = [LinearConstraint(one, 1, 1)]
@@ -66,10 +86,17 @@ def solve(layers: Mapping[str, tuple[Scheme, ...]], damage: Damage, rows: list[R
             amounts = np.array([row.cost[n][s] for n, s in pairs], np.float64)
             unit = max(float(np.abs(amounts).max()), 1e-300)
             constraints.append(LinearConstraint(amounts[None] / unit, -np.inf, limit / unit))
-        found = milp(values / scale, integrality=np.ones(len(pairs)), bounds=Bounds(0, 1), constraints=constraints,
+        found = milp(values, integrality=np.ones(len(pairs)), bounds=Bounds(0, open_.astype(float)), constraints=constraints,
                      options={"mip_rel_gap": 0.0, "time_limit": seconds})
+        stopped = found.status == 1
         if found.x is None:
+            if stopped:
+                raise SearchError(f"the integer programme found no choice within {seconds:g} s, which does not mean that there "
+                                  "is none; try fewer candidates.")
             return None
+        if stopped:
+            warnings.warn(f"the integer programme was stopped after {seconds:g} s: its choice meets the budget, a better one "
+                          "may exist.", stacklevel=3)
         chosen = {pairs[i][0]: pairs[i][1] for i in np.flatnonzero(found.x > 0.5)}
         choice = {name: chosen[name] for name in layers}
         broken = [i for i, row in enumerate(rows) if not row.holds(choice)]

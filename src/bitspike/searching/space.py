@@ -52,10 +52,13 @@ def parse_candidates(text: str) -> tuple[Scheme, ...]:
             raise SearchError(f"candidates {text!r}: unknown scheme {kind!r}; allowed: {allowed}, each with its bits, such as "
                               "'uniform:2,3,4 pow2:3,4 binary'.")
         options = FITTING.get(kind, {})
+        if widths and not all(w.isdecimal() for w in widths.split(",")):
+            raise SearchError(f"candidates {word!r}: {widths!r} are no widths; allowed are whole numbers of bits separated by "
+                              f"commas, such as '{kind}:{KINDS[kind][-1]}'.")
         try:
             found += [Scheme(kind, int(w), options=options) for w in (widths.split(",") if widths else KINDS[kind])]
         except (SpecError, ValueError) as error:
-            raise SearchError(f"candidates {text!r}, {word!r}: {error}") from None
+            raise SearchError(f"candidates {word!r}: {error}") from None
     if not found:
         raise SearchError("no candidates: name at least one scheme, such as 'uniform:2,3,4 pow2:3,4 binary'.")
     return tuple(dict.fromkeys(found))
