@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitspike.deploy import ArtifactError, Net, kernels, load, runtime
+from bitspike.deploy import ArtifactError, Net, executor, kernels, load, runtime
 from bitspike.deploy.artifact import encode, parse, write
 from bitspike.deploy.errors import KernelError
 from bitspike.deploy.program import OPS
@@ -50,7 +50,7 @@ def test_same_numbers_on_all_kernels_batches_and_threads(seed: int, monkeypatch:
     parts = [net(some(images, which)) for which in (slice(2), slice(2, 2), slice(2, None))]
     np.testing.assert_array_equal(np.concatenate(parts), expected)
     np.testing.assert_array_equal(net(some(images, slice(None, None, -1)))[::-1], expected)
-    monkeypatch.setattr(runtime, "CHUNK_BYTES", net.program.live_bytes)
+    monkeypatch.setattr(executor, "CHUNK_BYTES", net.program.live_bytes)
     np.testing.assert_array_equal(net(images, threads=2), expected)
 
 
