@@ -5,16 +5,18 @@ import io
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from bitspike.data import DataError, Frames, Recordings, event_sets, frame_cache, load, recordings
+from bitspike.data import DataError, Frames, Recordings, event_cache, event_sets, frame_cache, load, recordings
 from bitspike.data.archives import Store
 from bitspike.data.events import EventError, events, write
 from bitspike.data.loader import FileBatches, evaluation_batches
 from bitspike.data.pipeline import ArrayBatches, Augment
+from bitspike.papers import all_recipes
 
 FRAMES = Frames(4, (17, 17))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -138,8 +140,36 @@ def test_dvs_gesture(tmp_path: Path):
     inside = some(3, (128, 128), 500, 10_000)["t"]
     assert [int(data.test.image(i).sum()) for i in range(3)] == [
         int(((inside >= a) & (inside < b)).sum()) for a, b in ((0, 5000), (5000, 9000), (9000, 9900))]
-    with pytest.raises(DataError, match=r"event_augment reads the recordings in random order, which DvsGesture\.tar\.gz"):
-        load("dvs_gesture", tmp_path, Frames(4, (32, 32), augment="roll"))
+
+
+@pytest.mark.parametrize("recipe", ["q_snn.dvs_gesture_vgg", "spike_hq.dvs_gesture"])
+def test_gesture_recipes_train_from_the_archive_as_published(recipe: str, tmp_path: Path, monkeypatch):
+    folder = tmp_path / "dvs-gesture"
+    folder.mkdir()
+    gesture_archive(folder, tmp_path)
+    made = all_recipes()[recipe].event_frames()
+    assert made is not None and made.augment
+    data = load("dvs_gesture", tmp_path, made)
+    plain = load("dvs_gesture", tmp_path, Frames(made.steps, made.size, made.by))
+    assert isinstance(data.train, Recordings) and data.hash == plain.hash
+    assert all(torch.equal(data.train.image(i), plain.train.image(i)) for i in range(len(data.train)))
+    assert torch.equal(data.train.augmented(0, 5), data.train.augmented(0, 5))
+    # a clip that is gone is decoded again, the others are not touched; a damaged one is told
+    (cache,) = (tmp_path / "cache").glob("dvs_gesture-events-*")
+    kept = {p: p.stat().st_mtime_ns for p in cache.glob("*.npz")}
+    gone, *_ = sorted(kept)
+    gone.unlink()
+    load("dvs_gesture", tmp_path, made)
+    assert gone.is_file() and all(p.stat().st_mtime_ns == at for p, at in kept.items() if p != gone)
+    raw = bytearray(gone.read_bytes())
+    raw[200] ^= 1
+    gone.write_bytes(raw)
+    with pytest.raises(DataError):
+        [data.split("train+val").image(i) for i in range(6)]
+    monkeypatch.setattr(event_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    gone.unlink()
+    with pytest.raises(DataError, match=r"GB of events would be kept there for event_augment, 0\.0 GB are free"):
+        load("dvs_gesture", tmp_path, made)
 
 
 def test_cifar10_dvs_splits_by_name(tmp_path: Path):

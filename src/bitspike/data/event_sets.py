@@ -27,6 +27,7 @@ from torch import Tensor
 from bitspike.data.archives import Store, check_md5
 from bitspike.data.cifar import CIFAR10_CLASSES
 from bitspike.data.errors import DataError
+from bitspike.data.event_cache import random_order
 from bitspike.data.events import EventError
 from bitspike.data.events.aedat3 import parse_gesture_labels
 from bitspike.data.events.framing import Frames
@@ -98,16 +99,14 @@ def _dataset(name: str, classes: Sequence[str], whole: Recordings, is_test: Tens
     names = [repr(clip) if groups is None else group
              for clip, group in zip(whole.clips, groups or [""] * len(whole), strict=True)]
     rest, val = held_out(whole.labels[trains], [names[i] for i in trains.tolist()])
+    source = random_order(whole, name) if whole.frames.augment else whole  # first: it refuses a full disk at once
     images, digest = whole.decoded(name)
     arrays = Arrays(images, whole.labels)
     test = torch.nonzero(is_test).flatten()
     seal = hashlib.sha256(repr((digest, whole.labels.tolist(), trains[val].tolist(), test.tolist())).encode())
     parts: tuple[Split, Split] = (arrays.take(trains[rest]), arrays.take(trains[val]))
     if whole.frames.augment:
-        if not whole.store.fast:
-            raise DataError(f"{name}: event_augment reads the recordings in random order, which "
-                            f"{whole.store.places[0].name} does not allow; unpack the archive and move it away.")
-        parts = (whole.take(trains[rest]), whole.take(trains[val]))  # both: a recipe may train on both
+        parts = (source.take(trains[rest]), source.take(trains[val]))  # both: a recipe may train on both
     return Dataset(name, tuple(classes), *parts, arrays.take(test), seal.hexdigest(),
                    {"sensor": list(whole.sensor), "layout": whole.layout, "window_us": window_us})
 

@@ -35,6 +35,12 @@ class Clip(NamedTuple):
     stop: int | None = None
     fixed: bool = False
 
+    def cut(self, data: np.ndarray) -> np.ndarray:
+        """The clip's events of its file's."""
+        if self.start is None or self.stop is None:
+            return data
+        return data[(data["t"] >= self.start) & (data["t"] < self.stop)]
+
 
 @dataclass(frozen=True)
 class Recordings:
@@ -59,10 +65,8 @@ class Recordings:
         return found.data
 
     def _frames(self, data: np.ndarray, clip: Clip, random: np.random.Generator | None = None) -> np.ndarray:
-        span = None
-        if clip.start is not None and clip.stop is not None:
-            data = data[(data["t"] >= clip.start) & (data["t"] < clip.stop)]
-            span = (clip.start, clip.stop) if clip.fixed else None
+        data = clip.cut(data)
+        span = (clip.start, clip.stop) if clip.fixed and clip.start is not None and clip.stop is not None else None
         try:
             return self.frames.of(data, self.sensor, random, span)
         except EventError as error:
