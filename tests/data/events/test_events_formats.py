@@ -321,3 +321,13 @@ def test_fuzzed(format, seeds, tmp_path, data):
 def test_random_bytes(start, rest, tmp_path):
     (tmp_path / "x").write_bytes(start + rest)
     assert read(tmp_path / "x", on_error="prefix").data.dtype == DTYPE
+
+
+@pytest.mark.parametrize("byte", [0, 0xFF, 0x20, 0xF0, 1])
+@pytest.mark.parametrize("length", [10, 4000])
+def test_constant_bytes_are_no_recording(byte: int, length: int, tmp_path):
+    """What a crash leaves of a file, often zeros."""
+    path = tmp_path / "crashed.bin"
+    path.write_bytes(bytes([byte]) * length)
+    with pytest.raises(EventError, match="which no format that is read here does"):
+        read(path)

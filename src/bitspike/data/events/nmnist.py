@@ -19,13 +19,20 @@ _OVERFLOW_Y, _OVERFLOW = 240, 1 << 13
 
 
 def looks_like(source: Source) -> bool:
-    """True if the first records have timestamps that grow, as those of chance do not; under 16 records the name decides."""
+    """True if the first records have times that grow and places on the largest sensor; under 16 records the name decides.
+
+    Constant bytes, such as the zeros that a crash leaves, are none: their time does not move.
+    """
     block = np.frombuffer(source.head[: len(source.head) // 5 * 5], _RECORD)
+    if len(block) > 1 and len(set(source.head)) == 1:
+        return False
     if len(block) < 16:
         return source.path.suffix.lower() == ".bin"
     time, is_event = _times(block, 0)
     steps = np.diff(time[is_event])
-    return bool(is_event.sum() > 8 and (steps >= 0).mean() > 0.98)
+    fits = (block["x"] < 240) & (block["y"] < 180)  # of N-Caltech101's sensor
+    moves = bool((steps > 0).any())
+    return bool(is_event.sum() > 8 and (steps >= 0).mean() > 0.98 and moves and fits[is_event].mean() > 0.5)
 
 
 def _times(block: np.ndarray, turns: int) -> tuple[np.ndarray, np.ndarray]:
