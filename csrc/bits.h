@@ -11,12 +11,6 @@
 namespace bitspike {
 namespace {
 
-inline int bit_planes(const Conv& c) {
-  int planes = 1;
-  while (c.hi >> planes) ++planes;
-  return planes;
-}
-
 // Bytes of a pixel in one plane.
 inline size_t pixel_bytes(const Conv& c) { return (static_cast<size_t>(c.channels) + 7) / 8; }
 
@@ -80,7 +74,7 @@ struct BitRows {
     sums = static_cast<int32_t*>(scratch);
     windows = sums + rows * width;
     bits = reinterpret_cast<uint8_t*>(windows + static_cast<size_t>(out_rows) * c.out_width);
-    bytes = static_cast<size_t>(reinterpret_cast<char*>(bits + bit_planes(c) * plane) - static_cast<char*>(scratch));
+    bytes = static_cast<size_t>(reinterpret_cast<char*>(bits + c.bit_planes() * plane) - static_cast<char*>(scratch));
   }
 };
 
@@ -91,7 +85,7 @@ size_t popcount_scratch_bytes(const Conv& c, int rows) {
 
 template <class V>
 void make_bits(const Conv& c, const uint8_t* image, int first, const BitRows& to) {
-  const int planes = bit_planes(c);
+  const int planes = c.bit_planes();
   const size_t size = pixel_bytes(c);
   uint8_t* pad = to.bits + planes * to.plane;
   for (int i = 0; i < c.channels; ++i) pad[i] = static_cast<uint8_t>(c.pad_value[i]);
@@ -134,7 +128,7 @@ void popcount_block(const Conv& c, const PopcountPacking<V>& p, const BitRows& r
   typename V::I32 acc[V::kPixels][N];
   for (int i = 0; i < V::kPixels; ++i)
     for (int n = 0; n < N; ++n) acc[i][n] = V::zero();
-  for (int plane = bit_planes(c) - 1; plane >= 0; --plane) {
+  for (int plane = c.bit_planes() - 1; plane >= 0; --plane) {
     for (int i = 0; i < V::kPixels; ++i)
       for (int n = 0; n < N; ++n) acc[i][n] = V::add(acc[i][n], acc[i][n]);
     const uint32_t* w = p.weight + first / V::kLanes * p.block;

@@ -25,12 +25,6 @@ constexpr Costs kCosts[] = {
 
 constexpr float kUnknown = 1;  // load assumed before the first image
 
-int bits_of(int largest) {
-  int bits = 1;
-  while (largest >> bits) ++bits;
-  return bits;
-}
-
 const Costs& costs(const Kernels& k) {
   for (const Costs& c : kCosts)
     if (std::strcmp(c.name, k.name) == 0) return c;
@@ -50,18 +44,20 @@ double cost_ns(const Kernels& k, const Conv& c, Variant v, float load) {
   const double outputs = double(c.out_height) * c.out_width * c.outputs;
   const double taps = double(c.kernel_h) * c.kernel_w * c.group_channels();
   const double products = outputs * taps, read = double(c.out_height) * c.out_width * taps * c.groups;
-  const int planes = v == Variant::popcount ? bits_of(c.hi) : 1;
+  const int planes = v == Variant::popcount ? c.bit_planes() : 1;
   const int added = std::strcmp(all.name, k.name) == 0 ? all.added : 1;  // of another set only the ratios are borrowed
   const double additions = products / c.outputs * ((c.outputs + added - 1) / added * added);
   return rate.product * products * planes + rate.addition * additions * (load < 0 ? kUnknown : load) + rate.scan * read +
          rate.output * outputs;
 }
 
-Variant cheapest(const Kernels& k, const Conv& c, float load) {
+Variant cheapest(const Kernels& k, const Conv& c, const std::array<bool, kVariants>& able, float load) {
   Variant best = Variant::dense;
+  double least = cost_ns(k, c, best, load);
   for (int i = 1; i < kVariants; ++i) {
     const Variant v = static_cast<Variant>(i);
-    if (able(k, c, v) && cost_ns(k, c, v, load) < cost_ns(k, c, best, load)) best = v;
+    const double ns = able[i] ? cost_ns(k, c, v, load) : least;
+    if (ns < least) best = v, least = ns;
   }
   return best;
 }

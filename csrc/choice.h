@@ -1,5 +1,7 @@
 // Which variant of a convolution is the cheapest for the density of its input.
 #pragma once
+#include <array>
+
 #include "kernels.h"
 
 namespace bitspike {
@@ -16,6 +18,6 @@ struct Cost {
 bool able(const Kernels&, const Conv&, Variant);
 // load < 0: not known.
 double cost_ns(const Kernels&, const Conv&, Variant, float load);
-Variant cheapest(const Kernels&, const Conv&, float load);
+Variant cheapest(const Kernels&, const Conv&, const std::array<bool, kVariants>& able, float load);  // dense can do all
 
 }  // namespace bitspike

@@ -36,6 +36,11 @@ struct Conv {
   int group_channels() const { return channels / groups; }
   int group_outputs() const { return outputs / groups; }
   bool depthwise() const { return groups == channels && outputs == channels; }
+  int bit_planes() const {  // of the input's codes, which are u8
+    int planes = 1;
+    while (hi >> planes) ++planes;
+    return planes;
+  }
 };
 
 // Fills weight_lo .. weight_bipolar from `weight`. Call it once, before anything else sees the Conv.

@@ -227,183 +227,6 @@ void Plan::finish(int x, const Finish& f) {
   add(run, {x, f.residual, f.out, f.codes.size() > 0 ? f.codes[0].value : -1, f.codes.size() > 1 ? f.codes[1].value : -1});
 }
 
-void Plan::affine(int x, std::vector<int32_t> m, std::vector<int32_t> b, int shift, int y) {
-  const auto run = [this, x, m, b, shift, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
-    const size_t channels = values_[x].channels;
-    const bool each = m.size() > 1;
-    for (int t = 0; t < values_[x].steps; ++t)
-      kernels_.affine(values_[x].kind, place(values_[x], g, tile, capacity, s, t), each ? tile.count : 1,
-                      each ? channels : channels * tile.count, m.data(), b.data(), each, shift,
-                      reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, t)));
-  };
-  add(run, {x, y});
-}
-
-void Plan::lookup(int x, const int8_t* table, int y) {
-  const auto run = [this, x, table, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
-    for (int t = 0; t < values_[x].steps; ++t)
-      kernels_.lookup(reinterpret_cast<uint8_t*>(place(values_[x], g, tile, capacity, s, t)), tile.count,
-                      values_[x].channels, table, reinterpret_cast<int8_t*>(place(values_[y], g, tile, capacity, s, t)));
-  };
-  add(run, {x, y});
-}
-
-namespace {
-
-// Elements from one time step of an operand to the next; 0 for one step that all share.
-size_t stride(const Value& v, const char* step0, const char* step1) {
-  return v.steps == 1 ? 0 : static_cast<size_t>(step1 - step0) / bytes_of(v.kind);
-}
-
-}  // namespace
-
-void Plan::lif(int x, const Lif& p, int y) {
-  const auto run = [this, x, p, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
-    const Value &vx = values_[x], &vy = values_[y];
-    const char* from = place(vx, g, tile, capacity, s, 0);
-    char* to = place(vy, g, tile, capacity, s, 0);
-    kernels_.lif(p, reinterpret_cast<const int32_t*>(from), tile.count * vx.channels,
-                 stride(vx, from, place(vx, g, tile, capacity, s, 1)), reinterpret_cast<uint8_t*>(to),
-                 stride(vy, to, place(vy, g, tile, capacity, s, 1)));
-  };
-  add(run, {x, y});
-}
-
-void Plan::ielif(int x, const IeLif& p, int y) {
-  const auto run = [this, x, p, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
-    const Value &vx = values_[x], &vy = values_[y];
-    const char* from = place(vx, g, tile, capacity, s, 0);
-    char* to = place(vy, g, tile, capacity, s, 0);
-    kernels_.ielif(p, reinterpret_cast<const int32_t*>(from), tile.count * vx.channels,
-                   stride(vx, from, place(vx, g, tile, capacity, s, 1)), reinterpret_cast<uint8_t*>(to),
-                   stride(vy, to, place(vy, g, tile, capacity, s, 1)));
-  };
-  add(run, {x, y});
-}
-
-void Plan::mean_time(int x, int32_t m, int y) {
-  const auto run = [this, x, m, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
-    const Value& v = values_[x];
-    const char* from = place(v, g, tile, capacity, s, 0);
-    kernels_.mean(v.kind, from, v.steps, tile.count * v.channels, stride(v, from, place(v, g, tile, capacity, s, 1)), m,
-                  reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, 0)));
-  };
-  add(run, {x, y});
-}
-
-void Plan::maxpool(int x, const Pool& p, int y) {
-  const auto run = [this, x, p, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
-    for (int t = 0; t < values_[x].steps; ++t)
-      kernels_.maxpool(p, image(values_[x], g, tile.image, t), tile.row0, tile.row1,
-                       place(values_[y], g, tile, capacity, s, t));
-  };
-  add(run, {x, y});
-}
-
-void Plan::attention(int q, int k, int v, int heads, int32_t m, int shift, int y) {
-  const Value& out = values_[y];
-  const Attention a{static_cast<int>(out.positions()), out.channels, out.channels / heads, m, shift};
-  const int steps = out.steps;
-  const auto run = [this, q, k, v, y, a, steps](const Group& g, const Tile& tile, size_t, Scratch& s) {
-    void* scratch = s.kernel.get(kernels_.attention_scratch_bytes(a));
-    const auto codes = [&](int value, int t, size_t from) {
-      return reinterpret_cast<const uint8_t*>(image(values_[value], g, tile.image, t)) + from;
-    };
-    for (int t = 0; t < steps; ++t)
-      for (int head = tile.row0; head < tile.row1; ++head) {
-        const size_t from = static_cast<size_t>(head) * a.head_channels;
-        kernels_.attention(a, codes(q, t, from), codes(k, t, from), codes(v, t, from),
-                           reinterpret_cast<int32_t*>(image(values_[y], g, tile.image, t)) + from, scratch);
-      }
-  };
-  add(run, {q, k, v, y});
-}
-
-void Plan::lif_packed(int x, const PackedLif& given, std::vector<int32_t> table, int y) {
-  const auto run = [this, x, given, table, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
-    PackedLif p = given;
-    p.table = table.empty() ? nullptr : table.data(), p.entries = static_cast<int>(table.size());
-    const Value &vx = values_[x], &vy = values_[y];
-    const char* from = place(vx, g, tile, capacity, s, 0);
-    char* to = place(vy, g, tile, capacity, s, 0);
-    kernels_.lif_packed(p, reinterpret_cast<const int32_t*>(from), tile.count * vx.channels,
-                         stride(vx, from, place(vx, g, tile, capacity, s, 1)), reinterpret_cast<uint8_t*>(to),
-                         stride(vy, to, place(vy, g, tile, capacity, s, 1)));
-  };
-  add(run, {x, y});
-}
-
-void Plan::attention_map(int a, int b, bool over_channels, int heads, int32_t m, int shift, int y) {
-  const Value& v = values_[a];
-  const Heads size{v.positions(), static_cast<size_t>(heads), static_cast<size_t>(v.channels / heads)};
-  const auto run = [this, a, b, over_channels, m, shift, y, size](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
-    for (int t = 0; t < values_[y].steps; ++t)
-      bitspike::attention_map(size, over_channels, reinterpret_cast<uint8_t*>(image(values_[a], g, tile.image, t)),
-                              reinterpret_cast<uint8_t*>(image(values_[b], g, tile.image, t)), tile.row0, tile.row1, m, shift,
-                              reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, t)));
-  };
-  add(run, {a, b, y});
-}
-
-void Plan::attention_read(int chosen, int x, bool over_tokens, int heads, std::vector<int32_t> m, int shift, int y) {
-  const Value& v = values_[x];
-  const Heads size{v.positions(), static_cast<size_t>(heads), static_cast<size_t>(v.channels / heads)};
-  const auto run = [=](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
-    const size_t first = static_cast<size_t>(tile.row0) * values_[y].width;
-    for (int t = 0; t < values_[y].steps; ++t)
-      bitspike::attention_read(size, over_tokens, reinterpret_cast<uint8_t*>(image(values_[chosen], g, tile.image, t)),
-                               reinterpret_cast<uint8_t*>(image(values_[x], g, tile.image, t)), first, tile.count,
-                               m.data() + (m.size() > size.heads ? t * size.heads : 0), shift,
-                               reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, t)));
-  };
-  add(run, {chosen, x, y});
-}
-
-void Plan::coincidences(int k, int v, int32_t m, int shift, int y) {
-  const auto run = [=](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
-    const Value& in = values_[k];
-    for (int t = 0; t < values_[y].steps; ++t)
-      for (size_t i = 0; i < tile.count; ++i)  // the output has one position per image
-        bitspike::coincidences(reinterpret_cast<uint8_t*>(image(in, g, tile.first + i, t)),
-                               reinterpret_cast<uint8_t*>(image(values_[v], g, tile.first + i, t)), in.positions(),
-                               in.channels, m, shift,
-                               reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, t)) + i * in.channels);
-  };
-  add(run, {k, v, y});
-}
-
-void Plan::add_codes(int a, int b, int y) {
-  const auto run = [=](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
-    for (int t = 0; t < values_[y].steps; ++t)
-      bitspike::add_codes(reinterpret_cast<uint8_t*>(place(values_[a], g, tile, capacity, s, t)),
-                          reinterpret_cast<uint8_t*>(place(values_[b], g, tile, capacity, s, t)),
-                          tile.count * values_[y].channels,
-                          reinterpret_cast<uint8_t*>(place(values_[y], g, tile, capacity, s, t)));
-  };
-  add(run, {a, b, y});
-}
-
-void Plan::mask_codes(int q, int chosen, int y) {
-  const auto run = [=](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
-    for (int t = 0; t < values_[y].steps; ++t)
-      bitspike::mask_codes(reinterpret_cast<uint8_t*>(place(values_[q], g, tile, capacity, s, t)),
-                           reinterpret_cast<uint8_t*>(image(values_[chosen], g, tile.image, t)), tile.count,
-                           values_[y].channels, reinterpret_cast<uint8_t*>(place(values_[y], g, tile, capacity, s, t)));
-  };
-  add(run, {q, chosen, y});
-}
-
-void Plan::mean_space(int x, int32_t m, int y) {
-  const auto run = [this, x, m, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
-    const Value& v = values_[x];
-    for (int t = 0; t < v.steps; ++t)
-      for (size_t i = 0; i < tile.count; ++i)  // the output has one position per image
-        kernels_.mean(v.kind, image(v, g, tile.first + i, t), v.positions(), v.channels, v.channels, m,
-                      reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, t)) + i * v.channels);
-  };
-  add(run, {x, y});
-}
-
 void Plan::done(int output, float scale, size_t arena_bytes) {
   output_ = output, scale_ = scale, arena_bytes_ = arena_bytes;
 }
@@ -501,6 +324,14 @@ void Plan::give(std::unique_ptr<Workspace> w) {
   idle_.push_back(std::move(w));
 }
 
+void Plan::prepare(Workspace& w, int threads) const {
+  w.scratch.resize(std::max<size_t>(w.scratch.size(), threads));
+  for (Scratch& s : w.scratch) {
+    s.nonzero.assign(values_.size(), 0);
+    s.sample.assign(layers_.size(), Sample{});
+  }
+}
+
 // The variant of every convolution for one call, its weights laid out. All variants give the same integers.
 std::vector<Variant> Plan::choose() {
   std::lock_guard<std::mutex> lock(mutex_);
@@ -508,7 +339,7 @@ std::vector<Variant> Plan::choose() {
   for (const std::unique_ptr<Layered>& layer : layers_) {
     const Conv& c = layer->conv;
     const Variant v = layer->forced >= 0 ? static_cast<Variant>(layer->forced)
-                                         : cheapest(kernels_, c, load_[variants.size()]);
+                                         : cheapest(kernels_, c, layer->able, load_[variants.size()]);
     const int i = static_cast<int>(v);
     if (!layer->ready[i]) {
       kernels_.conv[i].pack(c, layer->packed[i].get(std::max<size_t>(kernels_.conv[i].packed_bytes(c), 1)));
@@ -546,14 +377,6 @@ void Plan::run(const uint8_t* pixels, size_t images, float* logits_to, int threa
   if (!images) return;
   const std::vector<Variant> variants = choose();
   const size_t cached = std::clamp<size_t>(kGroupBytes / std::max<size_t>(arena_bytes_, 1), 1, kMostImages);
-  const auto prepare = [&](Workspace& w, int scratches, size_t group) {
-    w.scratch.resize(std::max<size_t>(w.scratch.size(), scratches));
-    for (Scratch& s : w.scratch) {
-      s.nonzero.assign(values_.size(), 0);
-      s.sample.assign(layers_.size(), Sample{});
-    }
-    w.arena.get(arena_bytes_ * group);
-  };
   const int all = stages();
   size_t begun = 0;
   if (threads > 1 && images >= static_cast<size_t>(threads) && !seconds) {
@@ -564,8 +387,8 @@ void Plan::run(const uint8_t* pixels, size_t images, float* logits_to, int threa
     const auto one = [&](size_t i) {
       const size_t first = begun * i / groups, count = begun * (i + 1) / groups - first;
       std::unique_ptr<Workspace> w = take();
-      prepare(*w, 1, count);
-      const Group g{pixels, images, first, count, w->arena.get(0), &variants};
+      prepare(*w, 1);
+      const Group g{pixels, images, first, count, w->arena.get(arena_bytes_ * count), &variants};
       run_group(g, 0, all, 1, *w, nullptr);
       logits(g, logits_to);
       learn(*w, count, 0, all);
@@ -578,9 +401,9 @@ void Plan::run(const uint8_t* pixels, size_t images, float* logits_to, int threa
   std::unique_ptr<Workspace> w = take();
   const size_t left = images - begun, groups = (left + cached - 1) / cached, most = (left + groups - 1) / groups;
   for (size_t i = 0; i < groups; ++i) {
-    prepare(*w, threads, most);
+    prepare(*w, threads);
     const size_t first = begun + left * i / groups, count = begun + left * (i + 1) / groups - first;
-    const Group g{pixels, images, first, count, w->arena.get(0), &variants};
+    const Group g{pixels, images, first, count, w->arena.get(arena_bytes_ * most), &variants};
     run_group(g, 0, all, threads, *w, seconds);
     logits(g, logits_to);
     learn(*w, count, 0, all);
@@ -591,11 +414,7 @@ void Plan::run(const uint8_t* pixels, size_t images, float* logits_to, int threa
 void Plan::run_part(const uint8_t* pixels, size_t images, char* arena, int first, int last, int threads, double* seconds) {
   const std::vector<Variant> variants = choose();
   std::unique_ptr<Workspace> w = take();
-  w->scratch.resize(std::max<size_t>(w->scratch.size(), threads));
-  for (Scratch& s : w->scratch) {
-    s.nonzero.assign(values_.size(), 0);
-    s.sample.assign(layers_.size(), Sample{});
-  }
+  prepare(*w, threads);
   run_group(Group{pixels, images, 0, images, arena, &variants}, first, last, threads, *w, seconds);
   learn(*w, images, first, last);
   give(std::move(w));

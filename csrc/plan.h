@@ -88,7 +88,6 @@ struct Finish {
   std::vector<Codes> codes;
 };
 
-
 class Plan {
  public:
   explicit Plan(const Kernels& kernels);
@@ -151,12 +150,15 @@ class Plan {
   char* place(const Value&, const Group&, const Tile&, size_t capacity, Scratch&, int step) const;
   char* image(const Value&, const Group&, size_t image, int step) const;
   void add(Step, std::initializer_list<int> operands);
+  template <class Kernel>  // (potentials, how many, from step to step, spikes, from step to step)
+  void neuron(int x, int y, Kernel);
   Epilogue epilogue(const Finish&, const Group&, const Tile&, size_t capacity, Scratch&, int step) const;
   void run_tile(const Stage&, const Group&, size_t index, size_t tiles, size_t units, Scratch&) const;
   size_t tiles(const Stage&, size_t images, int threads) const;
   void run_group(const Group&, int first, int last, int threads, Workspace&, double* seconds) const;
   std::unique_ptr<Workspace> take();
   void give(std::unique_ptr<Workspace>);
+  void prepare(Workspace&, int threads) const;  // scratch for so many threads, with nothing counted yet
   std::vector<Variant> choose();
   void learn(const Workspace&, size_t images, int first, int last);
   void logits(const Group&, float* to) const;

@@ -1,8 +1,4 @@
 """Two processes with the same global batch compute what one computes."""
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,17 +40,8 @@ def go(out: str) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
-def test_two_processes_are_one(tmp_path):
-    source = str(Path(importlib.util.find_spec("bitspike").origin).parents[1])
-    script = tmp_path / "go.py"
-    script.write_text("import importlib.util, sys; name, path, out = sys.argv[1:]\n"
-                      "s = importlib.util.spec_from_file_location(name, path); m = importlib.util.module_from_spec(s)\n"
-                      "sys.modules[name] = m; s.loader.exec_module(m); m.go(out)\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), __name__, __file__,
-         str(tmp_path / "two")], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_are_one(tmp_path, two_processes):
+    two_processes(__name__, __file__, tmp_path / "two")
     for name, changes in WAYS.items():
         train(RECIPE, None, tmp_path / "one" / name, overrides=changes)
         one, two = (load_file(tmp_path / part / name / "checkpoint" / "model.safetensors") for part in ("one", "two"))

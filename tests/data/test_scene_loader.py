@@ -1,9 +1,7 @@
 """Batches of scenes: pure functions of seed and step, targets that stay with their pixels."""
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -26,9 +24,7 @@ from bitspike.data.scenes import VOID, Scenes  # noqa: E402
 from bitspike.recipe import Recipe  # noqa: E402
 from bitspike.tasks.dense import letterboxed, usual_canvas  # noqa: E402
 
-_spec = importlib.util.spec_from_file_location("scene_files", Path(__file__).with_name("scene_files.py"))
-files = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(files)
+from . import scene_files as files  # noqa: E402
 
 AUGMENT = SceneAugment(40, 0, (0.6, 1.4), flip=True, colour=0.3, fill=(7, 8, 9))
 

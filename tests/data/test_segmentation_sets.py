@@ -1,7 +1,6 @@
 """Data sets with label maps, on files written here; the real ones where BITSPIKE_DATA or shared/data has them."""
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -18,9 +17,7 @@ from bitspike.data import DataError, load  # noqa: E402
 from bitspike.data.broken import BrokenAnnotations  # noqa: E402
 from bitspike.data.scenes import VOID  # noqa: E402
 
-_spec = importlib.util.spec_from_file_location("scene_files", Path(__file__).with_name("scene_files.py"))
-files = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(files)
+from . import scene_files as files  # noqa: E402
 
 
 def target(split, index):

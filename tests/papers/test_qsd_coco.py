@@ -6,8 +6,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 
-from safetensors.torch import save_file  # noqa: E402
-
 from bitspike.checkpoints import build  # noqa: E402
 from bitspike.data.catalogue import NAMES  # noqa: E402
 from bitspike.layers import quantizable, quantizer_of  # noqa: E402
@@ -43,21 +41,17 @@ def tiny(levels=4):
 
 
 @pytest.mark.parametrize("detector", [qsd_coco.coco_mask_rcnn, qsd_coco.coco_retinanet])
-def test_start_from_imagenet(tmp_path, monkeypatch, detector):
+def test_start_from_imagenet(imagenet_file, monkeypatch, detector):
     monkeypatch.setitem(qsd_coco.SIZES, "tiny", (tiny, 8, 16))
     torch.manual_seed(1)
     trained = tiny()
-    # in released files conv and norm of these blocks stand side by side
-    state = {name.replace("conv1.conv.", "conv1.").replace("conv2.conv.", "conv2.").replace("conv1.norm.", "bn1.")
-             .replace("conv2.norm.", "bn2."): value for name, value in trained.state_dict().items()}
-    save_file(state, tmp_path / "imagenet.safetensors")
+    start = imagenet_file(trained)
     torch.manual_seed(2)
-    model = detector(size="tiny", start=str(tmp_path / "imagenet.safetensors"))
+    model = detector(size="tiny", start=start)
     taken = model.backbone.state_dict()
     assert not any(name.startswith("head") for name in taken)
     assert all(torch.equal(value, trained.state_dict()[name]) for name, value in taken.items())
-    recipe = qsd_coco.RECIPES["qsd_transformer.coco_mask_rcnn_15m"].override(
-        {"model_options.start": str(tmp_path / "imagenet.safetensors")})
+    recipe = qsd_coco.RECIPES["qsd_transformer.coco_mask_rcnn_15m"].override({"model_options.start": start})
     loss = object()
     assert recipe.objective(model, recipe, loss) is loss
 

@@ -5,8 +5,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from safetensors.torch import save_file  # noqa: E402
-
 from bitspike.checkpoints import build  # noqa: E402
 from bitspike.data.catalogue import NAMES  # noqa: E402
 from bitspike.layers import quantizable, quantizer_of  # noqa: E402
@@ -52,16 +50,12 @@ def tiny(levels=4):
     return MetaSpikeFormer((8, 8, 16, 16), (1, 1), heads=2, num_classes=7)
 
 
-def test_start_from_imagenet(tmp_path, monkeypatch):
+def test_start_from_imagenet(imagenet_file, monkeypatch):
     monkeypatch.setitem(qsd_segmentation.SIZES, "tiny", tiny)
     torch.manual_seed(1)
     trained = tiny()
-    # in released files conv and norm of these blocks stand side by side
-    state = {name.replace("conv1.conv.", "conv1.").replace("conv2.conv.", "conv2.").replace("conv1.norm.", "bn1.")
-             .replace("conv2.norm.", "bn2."): value for name, value in trained.state_dict().items()}
-    save_file(state, tmp_path / "imagenet.safetensors")
+    start = imagenet_file(trained)
     torch.manual_seed(2)
-    start = str(tmp_path / "imagenet.safetensors")
     taken = qsd_segmentation.ade20k_semantic_fpn(size="tiny", start=start).backbone.state_dict()
     assert taken and all(torch.equal(value, trained.state_dict()[name]) for name, value in taken.items())
     recipe = ADE.override({"model_options.size": "tiny"})

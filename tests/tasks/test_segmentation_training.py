@@ -5,8 +5,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -102,17 +100,8 @@ def test_a_run_goes_on_to_the_same_weights(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
-def test_two_processes_are_one(data, tmp_path):
-    source = str(Path(importlib.util.find_spec("bitspike").origin).parents[1])
-    script = tmp_path / "go.py"
-    script.write_text("import importlib.util, sys; name, path, data, out = sys.argv[1:]\n"
-                      "s = importlib.util.spec_from_file_location(name, path); m = importlib.util.module_from_spec(s)\n"
-                      "sys.modules[name] = m; s.loader.exec_module(m); m.go(data, out)\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), __name__, __file__,
-         str(data), str(tmp_path / "two")], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_are_one(data, tmp_path, two_processes):
+    two_processes(__name__, __file__, data, tmp_path / "two")
     for name, changes in WAYS.items():
         train(EXACT, data, tmp_path / "one" / name, overrides=changes)
         one, two = (load_file(tmp_path / part / name / "checkpoint" / "model.safetensors") for part in ("one", "two"))

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,9 @@ from bitspike.deploy.artifact import Artifact
 from bitspike.deploy.boxes import best, clip, decode, grid, large, sigmoid, softmax, suppress
 from bitspike.deploy.errors import ArtifactError, ImageError
 from bitspike.deploy.executor import Executor, thread_count
+from bitspike.deploy.opened import Opened
 from bitspike.deploy.ops import Array
 from bitspike.deploy.preprocess import Scene, letterbox, open_picture
-from bitspike.deploy.program import Program
 from bitspike.deploy.resample import labels
 from bitspike.deploy.tasks import Detection, Part
 
@@ -34,51 +34,19 @@ MAX_MASK_BYTES = 1 << 30      # of one picture's masks
 REGION_BYTES = 32 << 20       # of the regions that are looked at together
 
 
-class DenseNet:
+class DenseNet(Opened):
     """What `Segmenter` and `Detector` share: the program, ready for every size that pictures come in.
 
     A program does not depend on the size of its input, so it is checked and laid out again for each canvas (the picture,
     scaled and padded as in evaluation); the last ones are kept.
     """
 
-    task = ""
-
     def __init__(self, source: Artifact) -> None:
+        super().__init__(source)
         assert source.letterbox is not None
-        self._artifact, self.letterbox = source, source.letterbox
+        self.letterbox = source.letterbox
         self._canvases: OrderedDict[tuple[int, int], Executor] = OrderedDict()
         self._lock = Lock()
-
-    @property
-    def header(self) -> Mapping[str, Any]:
-        """The artifact's header, as in docs/format.md."""
-        return self._artifact.header
-
-    @property
-    def program(self) -> Program:
-        """The checked program that sees the whole picture, at the size of the header's `input`."""
-        return self._artifact.program
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names."""
-        return list(self.header["classes"])
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of the canvas it was exported for; others run as well."""
-        source = self.header["input"]
-        return source["height"], source["width"], source["channels"]
-
-    @property
-    def input_steps(self) -> int:
-        """1: it takes pictures, no sequences."""
-        return 1
-
-    @property
-    def time_steps(self) -> int:
-        """T, the number of time steps."""
-        return int(self.header["time_steps"])
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.header['name']!r}: {len(self.classes)} classes, T = {self.time_steps}>"

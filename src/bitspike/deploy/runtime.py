@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from bitspike.deploy.compiled import LayerTime
 from bitspike.deploy.dense import Detector, Segmenter
 from bitspike.deploy.errors import ArtifactError
 from bitspike.deploy.executor import Executor, thread_count
+from bitspike.deploy.opened import Opened
 from bitspike.deploy.ops import Array
-from bitspike.deploy.program import Program
 
 ZOO = Path(__file__).parent / "zoo"
 
-class Net:
+
+class Net(Opened):
     """A network ready to run. Safe to call from several threads.
 
     Call it with uint8 pictures `[B, H, W, C]` (a network for sequences of frames: with `[T, B, H, W, C]`), get float32
@@ -48,40 +48,9 @@ class Net:
     task = "classification"
 
     def __init__(self, source: artifact.Artifact) -> None:
-        self._artifact = source
+        super().__init__(source)
         #: runs the program, without the checks of a call
         self.executor = Executor(source.program, source.header["fraction_bits"])
-
-    @property
-    def header(self) -> Mapping[str, Any]:
-        """The artifact's header, as in docs/format.md."""
-        return self._artifact.header
-
-    @property
-    def program(self) -> Program:
-        """The checked program: ops with their layer names and multiplications, and the shape of every value."""
-        return self._artifact.program
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names, one per logit."""
-        return list(self.header["classes"])
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of a picture."""
-        source = self.header["input"]
-        return source["height"], source["width"], source["channels"]
-
-    @property
-    def input_steps(self) -> int:
-        """Frames of one input: 1 for a picture, T for a sequence of event frames."""
-        return int(self.header["input"].get("steps", 1))
-
-    @property
-    def time_steps(self) -> int:
-        """T, the number of time steps."""
-        return int(self.header["time_steps"])
 
     def __repr__(self) -> str:
         return f"<Net {self.header['name']!r}: {self.input_shape} -> {len(self.classes)} classes, T = {self.time_steps}>"

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -28,6 +27,7 @@ from bitspike.exporting.export import ExportReport, fold, normalised, pack
 from bitspike.exporting.fold import Folder
 from bitspike.exporting.lower import Value
 from bitspike.exporting.trace import ExportError, Observer, flat_outputs, trace
+from bitspike.models.segmentation import predicted_logits
 
 Pictures = Sequence[NDArray[np.uint8]]
 
@@ -209,11 +209,7 @@ def export_segmenter(model: nn.Module, path: str | os.PathLike[str], *, mean: Se
 
 def torch_labels(logits: Tensor, scene: Scene) -> NDArray[Any]:
     """The class of every pixel of a scene's picture by torch, from logits [1, K, h, w] of its canvas."""
-    on_canvas = F.interpolate(logits, size=scene.pixels.shape[:2], mode="bilinear", align_corners=False)
-    on_canvas = on_canvas[..., : scene.size[0], : scene.size[1]]
-    if scene.size != scene.original:
-        on_canvas = F.interpolate(on_canvas, size=scene.original, mode="bilinear", align_corners=False)
-    return on_canvas[0].argmax(0).numpy()
+    return predicted_logits(logits[0], scene.pixels.shape[:2], scene.size, scene.original).argmax(0).numpy()
 
 
 # --------------------------------------------------------------------------------------------------- detection

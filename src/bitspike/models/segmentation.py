@@ -110,6 +110,23 @@ class SemanticFPN(nn.Module):
         return {"out": logits_BKHW, "aux": self.auxiliary(maps[self.map]).mean(0)}
 
 
+def enlarged(logits: Tensor, height: int, width: int) -> Tensor:
+    """Logits [B, K, h, w] at another size, bilinear, corners not aligned."""
+    if tuple(logits.shape[-2:]) == (height, width):
+        return logits
+    return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def predicted_logits(logits: Tensor, canvas: tuple[int, int], size: tuple[int, int],
+                     original: tuple[int, int]) -> Tensor:
+    """Logits of one picture [K, h, w] on a padded canvas -> [K, H, W] at the picture's own size.
+
+    canvas: what the model saw; size: the picture's part of it; original: its size as stored.
+    """
+    on_canvas = enlarged(logits[None].float(), *canvas)[..., : size[0], : size[1]]
+    return enlarged(on_canvas, *original)[0]
+
+
 @torch.no_grad()
 def slide(model: Callable[[Tensor], Tensor], images: Tensor, window: int, step: int | None = None) -> Tensor:
     """Logits of large pictures from overlapping windows: [B, C, H, W] -> [B, K, H, W].
@@ -127,7 +144,7 @@ def slide(model: Callable[[Tensor], Tensor], images: Tensor, window: int, step: 
     for top in (*range(0, H - h, step), H - h):
         for left in (*range(0, W - w, step), W - w):
             logits = model(images[..., top : top + h, left : left + w]).float()
-            pixels = F.interpolate(logits, size=(h, w), mode="bilinear", align_corners=False)
+            pixels = enlarged(logits, h, w)
             if total is None:
                 total = pixels.new_zeros(*pixels.shape[:2], H, W)
             total[..., top : top + h, left : left + w] += pixels

@@ -9,18 +9,11 @@ from torch import Tensor, nn
 
 from bitspike.data.scenes import VOID, Target
 from bitspike.data.splits import Dataset
-from bitspike.models.segmentation import slide
+from bitspike.models.segmentation import enlarged, predicted_logits, slide
 from bitspike.objectives import prediction
 from bitspike.recipe import Loss, Recipe, RecipeError
 from bitspike.tasks import Meter
 from bitspike.tasks.dense import Dense
-
-
-def enlarged(logits: Tensor, height: int, width: int) -> Tensor:
-    """Logits [B, K, h, w] at another size, bilinear, corners not aligned."""
-    if tuple(logits.shape[-2:]) == (height, width):
-        return logits
-    return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
 
 
 def pixel_loss(logits: Tensor, truth: Tensor) -> Tensor:
@@ -68,16 +61,6 @@ class Segmentation(Dense):
         'mIoU 30.00 %, pixels 90.00 %'
         """
         return f"mIoU {result[prefix + 'miou']:.2f} %, pixels {result[prefix + 'pixel_accuracy']:.2f} %"
-
-
-def predicted_logits(logits: Tensor, canvas: tuple[int, int], size: tuple[int, int],
-                     original: tuple[int, int]) -> Tensor:
-    """Logits of one picture [K, h, w] on a padded canvas -> [K, H, W] at the picture's own size.
-
-    canvas: what the model saw; size: the picture's part of it; original: its size as stored.
-    """
-    on_canvas = enlarged(logits[None].float(), *canvas)[..., : size[0], : size[1]]
-    return enlarged(on_canvas, *original)[0]
 
 
 class SegmentationMeter:
