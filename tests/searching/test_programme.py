@@ -98,6 +98,11 @@ def test_unreachable_budgets_say_what_is_reachable(costs):
     assert costs.of(choose(costs.space, costs, zero, Budget(energy_pj=energy * (1 + 1e-9)))).energy_pj <= energy * (1 + 1e-8)
 
 
+def test_damages_too_small_to_divide_by(costs):
+    damage = table(costs.space, [0.0] * 15 + [1e-320])
+    assert choose(costs.space, costs, damage, Budget(bits=8))[list(costs.space.layers)[-1]] != FEW[-1]
+
+
 def test_damage_that_is_no_number(costs):
     damage = table(costs.space, [0.0] * 15 + [float("nan")])
     with pytest.raises(SearchError, match="not a number"):

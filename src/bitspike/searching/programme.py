@@ -61,7 +61,7 @@ def solve(layers: Mapping[str, tuple[Scheme, ...]], damage: Damage, rows: list[R
     open_ = np.ones(len(pairs), bool)
     while True:
         scale = float(more[open_].max()) or 1.0
-        choice = _solve_once(layers, pairs, more * (_LARGEST / scale), open_, rows, seconds)
+        choice = _solve_once(layers, pairs, np.where(open_, more, 0.0) / scale * _LARGEST, open_, rows, seconds)
         if choice is None:
             return None
         total = sum(damage[n][s] - least[n] for n, s in choice.items())
@@ -78,7 +78,6 @@ def _solve_once(layers: Mapping[str, tuple[Scheme, ...]], pairs: list[tuple[str,
     index = {name: i for i, name in enumerate(layers)}
     rows_of = np.array([index[n] for n, _ in pairs])
     one = csr_array((np.ones(len(pairs)), (rows_of, np.arange(len(pairs)))), shape=(len(layers), len(pairs)))
-    values = np.where(open_, values, 0.0)
     limits = [row.limit + _SLACK * abs(row.limit) for row in rows]
     for _ in range(8):
         constraints: list[Any] = [LinearConstraint(one, 1, 1)]
