@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bitspike.neurons import IELIF
-from bitspike.searching import CANDIDATES, Budget, SearchError, make_space
+from bitspike.searching import CANDIDATES, Budget, SearchError, make_space, programme
 from bitspike.searching.costs import Costs
-from bitspike.searching.programme import Row, cheapest, choose, solve
+from bitspike.searching.programme import OutOfTime, Row, cheapest, choose, solve
 from bitspike.searching.space import Space
 from bitspike.spec import Scheme
 
@@ -96,6 +96,25 @@ def test_unreachable_budgets_say_what_is_reachable(costs):
         choose(costs.space, costs, zero, Budget(energy_pj=1.0))
     energy = costs.of(cheapest(costs.space, costs, "energy")).energy_pj
     assert costs.of(choose(costs.space, costs, zero, Budget(energy_pj=energy * (1 + 1e-9)))).energy_pj <= energy * (1 + 1e-8)
+
+
+def test_a_memory_level_without_an_answer_in_time_is_told(costs, monkeypatch):
+    real, calls = programme.solve, []
+
+    def late(layers, damage, rows, seconds=60.0):
+        calls.append(seconds)
+        if len(calls) == 1 or every:
+            raise OutOfTime("found no choice within 1 s.")
+        return real(layers, damage, rows, seconds)
+
+    monkeypatch.setattr(programme, "solve", late)
+    zero, budget = table(costs.space, [0.0] * 16), Budget(energy_pj=1e12)
+    every = False
+    with pytest.warns(UserWarning, match="a better one may exist"):
+        assert costs.of(choose(costs.space, costs, zero, budget)).energy_pj <= 1e12
+    every = True
+    with pytest.raises(OutOfTime, match="within 1 s"):
+        choose(costs.space, costs, zero, budget)
 
 
 def test_damages_too_small_to_divide_by(costs):

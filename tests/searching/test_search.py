@@ -302,6 +302,50 @@ def test_a_trial_that_a_kill_cut_short_is_tried_again(tmp_path, monkeypatch):
     assert again == whole
 
 
+@pytest.mark.parametrize("at", [2, 3, 7])
+def test_a_killed_black_box_search_tries_what_it_would_have_tried(tmp_path, monkeypatch, at):
+    """In the same order too: with as many trials as uniform choices, each of them counts."""
+    only, asked = parse_candidates("uniform:2,4,8"), {"method": "blackbox", "options": BlackBox(7)}
+    measure, tried = Bench.measure, []
+
+    def counted(self, choice, dies_at=0):
+        tried.append(choice)
+        if len(tried) == dies_at:
+            raise SystemExit
+        return measure(self, choice)
+
+    monkeypatch.setattr(Bench, "measure", counted)
+    whole, _ = search(network(), only, "bits=4", pictures(), out=tmp_path / "a", **asked)
+    wanted = tried[1:8]
+    tried.clear()
+    monkeypatch.setattr(Bench, "measure", lambda self, choice: counted(self, choice, at))
+    with pytest.raises(SystemExit):
+        search(network(), only, "bits=4", pictures(), out=tmp_path / "b", **asked)
+    before = tried[1:at - 1]  # those that ended
+    tried.clear()
+    monkeypatch.setattr(Bench, "measure", counted)
+    again, _ = search(network(), only, "bits=4", pictures(), out=tmp_path / "b", **asked)
+    assert again == whole and before + tried[1:9 - len(before) - 1] == wanted
+
+
+def test_measurements_and_steps_of_another_form_are_named(tmp_path):
+    search(network(), FEW, "bits=3", pictures(), out=tmp_path)
+    stored = tmp_path / "measurements.jsonl"
+    head = stored.read_text().splitlines()[0]
+    for line in ('{"x": 1}', '{"key": "float", "result": 3}', "5"):
+        stored.write_text(f"{head}\n{line}\n")
+        with pytest.raises(SearchError, match="no measurement"):
+            search(network(), FEW, "bits=3", pictures(), out=tmp_path)
+    asked = {"method": "differentiable", "options": Differentiable(steps=2, batch=8), "out": tmp_path / "d"}
+    search(network(), FEW, "bits=3", pictures(), **asked)
+    steps = tmp_path / "d" / "differentiable.pt"
+    settings = torch.load(steps, weights_only=True)["settings"]
+    for content in (3, {"step": 1}, {"settings": 3}, {"settings": settings, "step": 1}):
+        torch.save(content, steps)
+        with pytest.raises(SearchError, match="damaged"):
+            search(network(), FEW, "bits=3", pictures(), **asked)
+
+
 def test_black_box_makes_small_what_is_asked():
     found = {cheap: search(network(), FEW, "drop=100", pictures(), method="blackbox", options=BlackBox(30), cheap=cheap)[1]
              for cheap in ("bytes", "energy")}
@@ -311,8 +355,11 @@ def test_black_box_makes_small_what_is_asked():
 
 @pytest.mark.parametrize("name,method", [("optuna.journal", "blackbox"), ("differentiable.pt", "differentiable"),
                                          ("measurements.jsonl", "sensitivity")])
-def test_damaged_files_of_a_search_are_named(tmp_path, name, method):
-    (tmp_path / name).write_text("[]\n" if name.endswith("jsonl") else "garbage\n")
+@pytest.mark.parametrize("content", [b"[]\n", b"5\n", b'{"subject": 5}\n', b"\xff\xfe\x80garbage\n"])
+def test_damaged_files_of_a_search_are_named(tmp_path, name, method, content):
+    if name.endswith("jsonl") and content.startswith(b"\xff"):
+        pytest.skip("a line that is no JSON is one that a kill cut")
+    (tmp_path / name).write_bytes(content)
     options = {"blackbox": BlackBox(2), "differentiable": Differentiable(steps=2, batch=8)}.get(method)
     with pytest.raises(SearchError, match="another --out"):
         search(network(), FEW, "bits=3", pictures(), method=method, options=options, out=tmp_path)

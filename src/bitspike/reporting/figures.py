@@ -61,6 +61,7 @@ def front_figure(points: Sequence[Point], title: str = "accuracy") -> Figure:
 
     points: plain data with name, group (see `GROUPS`), bytes, energy_pj, top1.
     """
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, axes = _new(11, 4.6, 2)
@@ -82,7 +83,8 @@ def front_figure(points: Sequence[Point], title: str = "accuracy") -> Figure:
                     text = "float" if group == "float" else f"{p['bits']:.3g}"
                     offset, side = ((0, 8), "center") if big else ((8, -3), "left") if group == "pow2" else ((0, -13), "center")
                     ax.annotate(text, (p[cost] / unit, p["top1"]), xytext=offset, textcoords="offset points", ha=side,
-                                fontsize=8, color=colour, fontweight="bold" if big else "normal")
+                                fontsize=8, color=colour, fontweight="bold" if big else "normal", zorder=5,
+                                path_effects=[withStroke(linewidth=2.5, foreground="white")])  # legible over a mark
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))

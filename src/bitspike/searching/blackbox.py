@@ -88,10 +88,12 @@ def run(bench: Bench, space: Space, costs: Costs, budget: Budget, options: Optio
     from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = _storage(options, folder)
     try:
+        storage = _storage(options, folder)
         study = optuna.create_study(study_name=_NAME, storage=storage, load_if_exists=True, directions=["minimize"] * 3)
-    except (ValueError, KeyError, TypeError) as error:  # what a journal that is no journal gives
+    except (ValueError, KeyError, TypeError, AssertionError) as error:  # what a journal that is no journal gives
+        if isinstance(error, SearchError):
+            raise
         raise SearchError(f"the stored study cannot be read ({type(error).__name__}: {error}); it is damaged: choose another "
                           "--out or storage, or delete it.") from None
     constants = costs.technology
@@ -105,7 +107,8 @@ def run(bench: Bench, space: Space, costs: Costs, budget: Budget, options: Optio
     elif stored != subject:
         raise SearchError("the stored study is of another network, other data, candidates, constants or another budget; choose "
                           "another --out or storage, or the same settings to go on.")
-    _enqueue_uniform(study, space)
+    # running now: of a process that was killed, or of another one, whose uniform choice is then tried twice
+    before = frozenset(t.number for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
     full = bench.measure({}).top1
 
     def objective(trial: optuna.Trial) -> tuple[float, float, float]:
@@ -122,6 +125,7 @@ def run(bench: Bench, space: Space, costs: Costs, budget: Budget, options: Optio
     while done < options.trials:
         # seeded by what is there, so that a search that was killed draws what it would have drawn
         study.sampler = _sampler(options, seed * 1_000_003 + done)
+        _enqueue_uniform(study, space, before)
         study.optimize(objective, n_trials=1)
         done = finished()
         tell("trials", min(done, options.trials), options.trials)
@@ -134,16 +138,22 @@ def _uniform(space: Space) -> list[Choice]:
     return [dict.fromkeys(space.layers, s) for s in shared]
 
 
-def _enqueue_uniform(study: optuna.Study, space: Space) -> None:
-    """Let the uniform choices be tried, those too whose trial a kill cut short (which stays "running" for good)."""
+def _enqueue_uniform(study: optuna.Study, space: Space, dead: frozenset[int]) -> None:
+    """Let the first uniform choice that is not there yet be tried next.
+
+    One at a time, so that one whose trial a kill cut short (it stays "running" for good) comes again in its turn, not behind
+    the others: the trials after it are then the same as without the kill. dead: numbers of such trials.
+    """
     from optuna.trial import TrialState
 
-    there = [t.params or t.system_attrs.get("fixed_params") for t in
-             study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.WAITING))]
+    states = (TrialState.COMPLETE, TrialState.WAITING, TrialState.RUNNING)
+    there = [t.system_attrs.get("fixed_params") or t.params for t in study.get_trials(deepcopy=False, states=states)
+             if t.state != TrialState.RUNNING or t.number not in dead]
     for choice in _uniform(space):
         params = {name: key_of(s) for name, s in choice.items()}
         if params not in there:
             study.enqueue_trial(params)
+            return
 
 
 def _best(study: optuna.Study, space: Space, costs: Costs, budget: Budget, cheap: str) -> Choice:

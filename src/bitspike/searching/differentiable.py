@@ -175,15 +175,17 @@ def _load(path: Path | None, settings: dict[str, Any], model: nn.Module, logits:
         return 0
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
+        if json.loads(stored["settings"]) != settings:
+            raise SearchError(f"{path} is of another search; choose another --out, or the same settings to go on.")
+        model.load_state_dict(stored["model"])
+        with torch.no_grad():
+            for name, value in logits.items():
+                value.copy_(stored["logits"][name])
+        for optimizer, state in zip(optimizers, stored["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        return int(stored["step"])
+    except SearchError:
+        raise
     except Exception as error:  # torch's reader raises almost anything on a broken file
         raise SearchError(f"{path} cannot be read ({type(error).__name__}); it is damaged: choose another --out, or delete the "
                           "file to begin again.") from None
-    if json.loads(stored["settings"]) != settings:
-        raise SearchError(f"{path} is of another search; choose another --out, or the same settings to go on.")
-    model.load_state_dict(stored["model"])
-    with torch.no_grad():
-        for name, value in logits.items():
-            value.copy_(stored["logits"][name])
-    for optimizer, state in zip(optimizers, stored["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    return int(stored["step"])

@@ -199,14 +199,15 @@ class Journal:
         self.path, self.results = path, dict[str, dict[str, Any]]()
         if path is None:
             return
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        rows = []
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
+        rows: list[dict[str, Any]] = []
         for line in lines:
             try:
                 row = json.loads(line)
             except ValueError:
                 break
-            if not isinstance(row, dict):
+            inner = row.get("result" if rows else "subject", {}) if isinstance(row, dict) else None
+            if not isinstance(inner, dict) or (rows and not {"key", "result"} <= set(row)):
                 raise SearchError(f"{path} holds {line.strip()[:40]!r}, which is no measurement; choose another --out, or "
                                   "delete the file.")
             rows.append(row)

@@ -20,6 +20,10 @@ _LARGEST = 1e6  # largest damage the solver sees: its gap of 1e-6 is then 1e-12 
 _SLACK = 1e-9  # relative: how far rounding of a sum of floats may go past a limit
 
 
+class OutOfTime(SearchError):
+    """The solver's time went by without any choice: there may be one."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One limit: sum over layers of cost[layer][candidate] <= limit."""
@@ -48,7 +52,7 @@ def solve(layers: Mapping[str, tuple[Scheme, ...]], damage: Damage, rows: list[R
     more than a choice that was found) is left out, and the rest is scaled and solved again. What is returned is checked in
     exact order of summation; a limit that the solver's tolerance overstepped is tightened and solved again.
     `seconds` bounds one solve; the best choice found so far is returned then, with a warning.
-    Errors: SearchError for damages that are no numbers, or if nothing was found in that time.
+    Errors: SearchError for damages that are no numbers; OutOfTime if nothing was found in that time.
     """
     pairs = [(name, scheme) for name, found in layers.items() for scheme in found]
     values = np.array([damage[n][s] for n, s in pairs], np.float64)
@@ -90,8 +94,8 @@ def _solve_once(layers: Mapping[str, tuple[Scheme, ...]], pairs: list[tuple[str,
         stopped = found.status == 1
         if found.x is None:
             if stopped:
-                raise SearchError(f"the integer programme found no choice within {seconds:g} s, which does not mean that there "
-                                  "is none; try fewer candidates.")
+                raise OutOfTime(f"the integer programme found no choice within {seconds:g} s, which does not mean that there "
+                                "is none; try fewer candidates.")
             return None
         if stopped:
             warnings.warn(f"the integer programme was stopped after {seconds:g} s: its choice meets the budget, a better one "
@@ -142,18 +146,25 @@ def choose(space: Space, costs: Costs, damage: Damage, budget: Budget, seconds: 
             raise SearchError(f"{budget}: each limit alone can be met, all of them together cannot. {_reach(space, costs)}")
         return choice
     best: tuple[float, Choice] | None = None
+    late: OutOfTime | None = None
     for held in _levels():
         fits, energy = _energy_rows(space, costs, held)
         if fits.least() > fits.limit:
             continue
         energy = Row("energy", energy.cost, budget.energy_pj - costs.fixed_energy(held))
-        choice = solve(space.layers, damage, [*rows, fits, energy], seconds)
+        try:
+            choice = solve(space.layers, damage, [*rows, fits, energy], seconds)
+        except OutOfTime as error:  # another level may have an answer
+            late = error
+            continue
         if choice is not None and costs.of(choice).energy_pj <= budget.energy_pj * (1 + _SLACK):
             total = sum(damage[n][s] for n, s in choice.items())
             if best is None or total < best[0]:
                 best = total, choice
     if best is None:
-        raise SearchError(f"{budget}: cannot be met. {_reach(space, costs)}")
+        raise late or SearchError(f"{budget}: cannot be met. {_reach(space, costs)}")
+    if late is not None:
+        warnings.warn(f"{late} The choice taken meets the budget, a better one may exist.", stacklevel=2)
     return best[1]
 
 

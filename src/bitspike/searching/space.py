@@ -48,7 +48,7 @@ def parse_candidates(text: str) -> tuple[Scheme, ...]:
     for word in text.split():
         kind, _, widths = word.partition(":")
         if kind not in KINDS or kind == "membrane":
-            allowed = ", ".join(k for k in KINDS if k not in ("membrane", "full"))
+            allowed = ", ".join(FITTING)  # others can be named, but were made to train with, not to be searched
             raise SearchError(f"candidates {text!r}: unknown scheme {kind!r}; allowed: {allowed}, each with its bits, such as "
                               "'uniform:2,3,4 pow2:3,4 binary'.")
         options = FITTING.get(kind, {})
