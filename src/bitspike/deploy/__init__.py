@@ -6,7 +6,7 @@
 """
 from bitspike.deploy import kernels
 from bitspike.deploy.dense import Detector, Segmenter
-from bitspike.deploy.errors import ArtifactError, ImageError, StepError
+from bitspike.deploy.errors import ArtifactError, ImageError, StepError, StreamError
 from bitspike.deploy.preprocess import read_image
 from bitspike.deploy.runtime import Net, load, load_classifier
 from bitspike.deploy.steps import Steps

@@ -16,3 +16,7 @@ class KernelError(ValueError):
 
 class StepError(ValueError):
     """A network that cannot run step by step, or one step too many."""
+
+
+class StreamError(ValueError):
+    """An argument that a stream of events cannot be made or go on with."""

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitspike.deploy.errors import StepError
+from bitspike.deploy.errors import StepError, StreamError
 from bitspike.deploy.runtime import Net
 from bitspike.deploy.steps import Steps
 
 #: windows that a gap in the timestamps may open before it counts as a jump of the clock
 MOST_EMPTY = 10_000
+#: an event more than so many windows before or after the current one is in doubt ...
+FAR = 20
+#: ... until so many in a row say that it is the clock that moved
+CONFIRM = 64
 _BLOCK = 1 << 16
+_LOOK = 1 << 10  # events looked at for the end of a window, at first
+_KEPT = np.dtype([("t", "<i8"), ("x", "<i8"), ("y", "<i8"), ("p", "<i8")])
+_LAST = 1 << 62  # microseconds: no sum of times leaves int64
+_LONGEST = 1 << 50
 
 
 @dataclass(frozen=True)
@@ -49,13 +57,14 @@ class Decision:
 
 @dataclass
 class Totals:
-    """What a stream has seen: events counted into frames, late (dropped), outside the sensor (dropped), clipped at 255 (a
-    pixel's count beyond), windows, of them empty; jumps of the clock; seconds spent with frames and with the network;
-    latencies_ms: of the last 1,000 decisions.
+    """What a stream has seen: events counted into frames, late (dropped), astray (dropped: their time was far off, and the
+    events behind them did not follow), outside the sensor (dropped), clipped at 255 (a pixel's count beyond), windows, of
+    them empty; jumps of the clock; seconds spent with frames and with the network; latencies_ms: of the last 1,000 decisions.
     """
 
     events: int = 0
     late: int = 0
+    astray: int = 0
     outside: int = 0
     clipped: int = 0
     windows: int = 0
@@ -87,13 +96,20 @@ class Stream:
         threads: of the runtime; all cores if None.
     Raises:
         StepError: the network is none of event frames, or cannot run step by step.
-        ValueError: not exactly one of window_us and count, or a number out of range.
+        StreamError: not exactly one of window_us and count, or an argument that is none.
 
     Time. Windows by time end when an event at or after their end comes, or when `advance(now)` says that time has passed: a
     sensor that sends nothing still gets its decisions, from empty frames. An event before the current window (out of order
-    across a window's end) is dropped and counted in `totals.late`; inside the window the order does not matter. A gap of more
-    than `MOST_EMPTY` windows, and a step back of more than as many, are a jump of the clock: the membranes go to rest, the
-    windows begin anew at that event, and it is counted in `totals.jumps`.
+    across a window's end) is dropped and counted in `totals.late`; inside the window the order does not matter.
+
+    An event more than `FAR` windows before or after the current window is held back. If the clock moved, those behind it
+    follow: at `CONFIRM` such events in a row, none of them more than FAR windows before the first, the windows go on from
+    the first, and none of them is lost. If not, what is held is dropped and counted in `totals.astray`. So one wrong
+    timestamp moves nothing, and a clock that was set back is followed after so many events. Going on means: over a gap of
+    up to `MOST_EMPTY` windows the empty ones are decided on; a larger gap, and a step back, are a jump of the clock, counted
+    in `totals.jumps`: the membranes go to rest and the windows begin anew.
+
+    How the events are cut into calls of `push` makes no difference.
 
     After T windows the decision equals `net(frames)` of the same T frames bit for bit.
 
@@ -107,22 +123,26 @@ class Stream:
     def __init__(self, net: Net | Steps, sensor: tuple[int, int] | None = None, *, window_us: int | None = None,
                  count: int | None = None, reset_every: int | None = None, start_us: int | None = None,
                  threads: int | None = None) -> None:
+        if not isinstance(net, Net | Steps):
+            raise StreamError(f"net: found {type(net).__name__}; a network of event frames is needed, as bitspike.deploy.load "
+                              "gives it, or its Steps")
+        check_frames(net.net if isinstance(net, Steps) else net)
         self.steps = net if isinstance(net, Steps) else Steps(net, 1, threads)
         self.net = self.steps.net
-        height, width, channels = self.net.input_shape
-        if channels != 2 or self.net.input_steps < 2 or self.steps.batch != 1:
-            raise StepError(f"{self.net!r} takes {self.net.input_steps} frames of {channels} channels in a batch of "
-                            f"{self.steps.batch}; a stream needs a network of event frames with 2 channels (OFF, ON), batch 1")
-        if (window_us is None) == (count is None) or (window_us or count or 0) < 1:
-            raise ValueError(f"window_us={window_us}, count={count}: give one of them, at least 1")
-        every = self.net.time_steps if reset_every is None else reset_every
-        if every < 0 or (not self.steps.endless and not 1 <= every <= self.net.time_steps):
-            allowed = "0 (never) or more" if self.steps.endless else f"1..{self.net.time_steps}, what this network can take"
-            raise ValueError(f"reset_every={every}: allowed: {allowed}")
-        self.sensor = sensor or (height, width)
-        if not all(1 <= side <= 1 << 16 for side in self.sensor):
-            raise ValueError(f"sensor={self.sensor}: (height, width) of 1..65536 are allowed")
-        self.window_us, self.count, self.reset_every = window_us, count, every
+        height, width, _ = self.net.input_shape
+        if self.steps.batch != 1:
+            raise StepError(f"these steps were made for a batch of {self.steps.batch}; a stream takes Steps(net, 1)")
+        if (window_us is None) == (count is None):
+            raise StreamError(f"window_us={window_us}, count={count}: give one of them: microseconds, or events, of a window")
+        self.window_us = None if window_us is None else _whole("window_us", window_us, 1, _LONGEST)
+        self.count = None if count is None else _whole("count", count, 1, _LONGEST)
+        self.reset_every = self.net.time_steps if reset_every is None else _whole("reset_every", reset_every, 0, _LONGEST)
+        if not self.steps.endless and not 1 <= self.reset_every <= self.net.time_steps:
+            raise StreamError(f"reset_every={reset_every}: 1..{self.net.time_steps} are allowed, what this network can take")
+        sides = (height, width) if sensor is None else tuple(sensor) if isinstance(sensor, Iterable) else (sensor,)
+        if len(sides) != 2 or not all(_is_whole(side) and 1 <= side <= 1 << 16 for side in sides):
+            raise StreamError(f"sensor={sensor!r}: (height, width) is needed, two whole numbers of 1..65536")
+        self.sensor = (int(sides[0]), int(sides[1]))
         self.totals = Totals()
         self._row = np.arange(self.sensor[0]) * height // self.sensor[0] * width
         self._column = np.arange(self.sensor[1]) * width // self.sensor[1]
@@ -130,7 +150,9 @@ class Stream:
         self._empty = np.zeros((height, width, 2), np.uint8)
         self._empty.flags.writeable = False
         self._held = 0
-        self._start = self._last = start_us
+        self._start = self._last = None if start_us is None else _whole("start_us", start_us, -_LAST, _LAST)
+        self._doubted = np.zeros(CONFIRM, _KEPT)
+        self._doubts = 0
 
     # ------------------------------------------------------------------------------------------------ input
     def push(self, events: np.ndarray) -> list[Decision]:
@@ -166,15 +188,20 @@ class Stream:
         """Time has passed up to `now_us`: the decisions of all windows that ended by then. Only with window_us.
 
         Raises:
-            ValueError: the windows are made by count.
+            StreamError: the windows are made by count, or `now_us` is no whole number.
         """
         if self.window_us is None:
-            raise ValueError("the windows of this stream are made by count: time does not end them")
-        return list(self._advance(int(now_us), self.window_us))
+            raise StreamError("the windows of this stream are made by count: time does not end them")
+        return list(self._advance(_whole("now_us", now_us, -_LAST, _LAST), self.window_us))
 
     def flush(self) -> list[Decision]:
-        """The decision of a window that was begun, though it is not over: for the end of a recording. Empty if none was."""
-        return [self._decide()] if self._held else []
+        """The decision of a window that was begun, though it is not over: for the end of a recording. Empty if none was.
+
+        Two events or more that were held back as one are taken for time that went on, a single one is dropped.
+        """
+        found = list(self._follow(self.window_us)) if self._doubts > 1 and self.window_us is not None else []
+        self._stray()
+        return [*found, self._decide()] if self._held else found
 
     def reset(self) -> None:
         """Membranes to rest and the window empty; the next event begins a new one. The totals stay."""
@@ -182,6 +209,7 @@ class Stream:
         self._counts[:] = 0
         self._held = 0
         self._start = self._last = None
+        self._stray()
 
     # ---------------------------------------------------------------------------------------------- windows
     def _by_count(self, block: np.ndarray) -> Iterator[Decision]:
@@ -197,36 +225,85 @@ class Stream:
                 yield self._decide()
 
     def _by_time(self, block: np.ndarray, window: int) -> Iterator[Decision]:
-        first = 0
+        times = np.clip(block["t"].astype(np.int64), -_LAST, _LAST)
+        first, look = 0, _LOOK
         while first < len(block):
-            t = block["t"][first:]
             if self._start is None:
-                self._start = int(t[0])
-            # events of this window come first, as a rule: up to the first that lies beyond it
-            beyond = t >= self._start + window
-            cut = int(beyond.argmax()) if beyond.any() else len(t)
-            now = block[first:first + cut]
-            early = now["t"] < self._start
-            if early.any():
-                back = int(early.argmax())
-                if self._start - int(now["t"][back]) > MOST_EMPTY * window:
-                    self._add(self._on_sensor(now[:back]))
-                    first += back
-                    yield from self._jump(int(now["t"][back]))
+                self._start = int(times[first])
+            start = self._start
+            earliest, stop, latest = start - FAR * window, start + window, start + (FAR + 1) * window
+            t = times[first:first + look]
+            ends = (t >= stop) & (t < latest)
+            until = int(ends.argmax()) if ends.any() else len(t)
+            look = max(_LOOK, 2 * until)  # a longer window: a longer look
+            t = t[:until]
+            good = (t >= earliest) & (t < stop)
+            if good.all():
+                self._on_clock(block[first:first + until], t, start)
+                first += until
+            else:
+                at, far = _doubtful(good, self._doubts)
+                part = slice(first, first + at)
+                self._on_clock(block[part][good[:at]], t[:at][good[:at]], start)
+                self.totals.astray += at - int(good[:at].sum())
+                first += at
+                taken = self._doubt(block[first:first + far], window)
+                first += taken
+                if self._doubts == CONFIRM:
+                    yield from self._follow(window)
                     continue
-                self.totals.late += int(early.sum())
-                now = now[~early]
-            self._add(self._on_sensor(now))
-            first += cut
-            if first < len(block):
-                yield from self._advance(int(block["t"][first]), window)
+            if until < len(ends) and first < len(block) and stop <= times[first] < latest:
+                self._stray()
+                yield from self._advance(int(times[first]), window)
+
+    def _on_clock(self, part: np.ndarray, t: np.ndarray, start: int) -> None:
+        """Events of this window, or late by little: what was held back is astray then."""
+        if len(part):
+            self._stray()
+            late = t < start
+            self.totals.late += int(late.sum())
+            self._add(self._on_sensor(part[~late] if late.any() else part))
+
+    def _doubt(self, part: np.ndarray, window: int) -> int:
+        """Hold events back, up to CONFIRM of them; how many were looked at."""
+        taken = 0
+        while taken < len(part) and self._doubts < CONFIRM:
+            more = part[taken:taken + CONFIRM - self._doubts]
+            t = np.clip(more["t"].astype(np.int64), -_LAST, _LAST)
+            first = int(self._doubted["t"][0]) if self._doubts else int(t[0])
+            before = t < first - FAR * window
+            agree = int(before.argmax()) if before.any() else len(t)
+            for name, column in (("t", t), *((name, more[name]) for name in "xyp")):
+                self._doubted[name][self._doubts:self._doubts + agree] = column[:agree]
+            self._doubts += agree
+            taken += agree
+            if agree < len(t):
+                self._stray()  # those behind do not follow, so it was not the clock
+        return taken
+
+    def _stray(self) -> None:
+        self.totals.astray += self._doubts
+        self._doubts = 0
+
+    def _follow(self, window: int) -> Iterator[Decision]:
+        """The clock is where the events are that were held back."""
+        held, self._doubts = self._doubted[:self._doubts].copy(), 0
+        yield from self._go_to(int(held["t"][0]), window)
+        yield from self._by_time(held, window)
 
     def _advance(self, now: int, window: int) -> Iterator[Decision]:
         if self._start is None:
             self._start = now
-        if (now - self._start) // window > MOST_EMPTY:
+        if self._doubts and self._start <= self._doubted["t"][0] <= now:
+            yield from self._follow(window)
+        if now >= self._start:
+            yield from self._go_to(now, window)
+
+    def _go_to(self, now: int, window: int) -> Iterator[Decision]:
+        start = now if self._start is None else self._start
+        if not 0 <= (now - start) // window <= MOST_EMPTY:
             yield from self._jump(now)
-        while now >= self._start + window:
+        while self._start is not None and now >= self._start + window:
             yield self._decide()
 
     def _jump(self, start: int) -> Iterator[Decision]:
@@ -280,3 +357,34 @@ class Stream:
         if self.window_us is not None:
             self._start = stop
         return found
+
+
+def check_frames(net: Net) -> None:
+    """Errors: StepError for a network that is none of event frames."""
+    channels = net.input_shape[2]
+    if channels != 2 or net.input_steps < 2:
+        made = f"{net.input_steps} frames" if net.input_steps > 1 else "pictures"
+        raise StepError(f"{net!r} was made for {made} of {channels} channel{'s' if channels > 1 else ''}; a stream needs a network "
+                        "of event frames: T > 1 of them with 2 channels (OFF, ON), as recipes with frames=T train them")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _whole(name: str, value: int, least: int, most: int) -> int:
+    if not (_is_whole(value) and least <= value <= most):
+        raise StreamError(f"{name}={value!r}: a whole number is needed, from {least} to {most}")
+    return int(value)
+
+
+def _doubtful(good: np.ndarray, before: int) -> tuple[int, int]:
+    """(where a run of events that are not good begins, its length): the first that is long enough to move the clock, with the
+    `before` that were held back already; else the last run, which may go on (and may be empty).
+    """
+    places = np.concatenate(([-1], np.flatnonzero(good), [len(good)]))
+    runs = np.diff(places) - 1
+    enough = runs >= CONFIRM
+    enough[0] = runs[0] > 0 and runs[0] + before >= CONFIRM
+    which = int(enough.argmax()) if enough.any() else len(runs) - 1
+    return int(places[which]) + 1, int(runs[which])
