@@ -58,9 +58,11 @@ def recording(tmp_path: Path) -> Path:
     return tmp_path / "rec.npz"
 
 
-def test_a_whole_recording(network: Path, recording: Path, tmp_path: Path, capsys):
+def test_a_whole_recording(recording: Path, tmp_path: Path, capsys):
+    """Trained on whole recordings cut into T equal times: so it is cut."""
     from bitspike.data.events import read
 
+    network = make_network(tmp_path / "net.bitspike", {"sensor": [16, 16], "layout": None, "window_us": None}, "time")
     broken = tmp_path / "broken.dat"
     broken.write_bytes(b"% Version 2\n\x0c\x08123")
     assert call(["run", str(network), str(recording), str(broken), "--json"]) == 2
@@ -70,6 +72,73 @@ def test_a_whole_recording(network: Path, recording: Path, tmp_path: Path, capsy
     logits = load(network)(frames.transpose(0, 2, 3, 1)[:, None])[0]
     assert [g["index"] for g in good["top"]] == np.argsort(-logits, kind="stable").tolist()
     assert "broken.dat at byte 14: 3 bytes are left" in bad["error"] and "broken.dat" in out.err
+
+
+def test_whole_recordings_of_windows_of_a_fixed_length(network: Path, recording: Path, tmp_path: Path, capsys):
+    """Four windows of 1 ms, as in training: what is shorter is not stretched, what is longer is refused, as that would be."""
+    assert call(["run", str(network), str(recording)]) == 2
+    out = capsys.readouterr()
+    assert "it lasts 9,991 us; the network was trained on 4 windows of 1,000 us, 4,000 us in all. Give --stream" in out.err
+    assert not out.out
+    from bitspike.data.events import read
+
+    for number, by in ((400, "time"), (150, "time"), (150, "count")):
+        part = read(recording).data[:number]
+        write(tmp_path / "part.npz", part, "npz", size=(16, 16))
+        path = make_network(tmp_path / "other.bitspike", {"sensor": [16, 16], "window_us": 1000}, by)
+        assert call(["run", str(path), str(tmp_path / "part.npz"), "--json"]) == 0
+        (found,) = json.loads(capsys.readouterr().out)
+        assert call(["run", str(path), str(tmp_path / "part.npz"), "--stream", "--json"]) == 0
+        streamed = json.loads(capsys.readouterr().out)["decisions"]
+        frames = np.zeros((T, 2, SIDE, SIDE), np.uint8)
+        for t, x, y, p in part.tolist():
+            frames[(t - 5_000_000) // 1000, p, y // 2, x // 2] += 1
+        logits = load(network)(frames.transpose(0, 2, 3, 1)[:, None])[0]
+        shown = {guess["index"]: guess["logit"] for guess in found["top"]}
+        assert [shown[i] for i in range(3)] == logits.tolist()
+        assert number < 400 or streamed[-1]["top"] == found["top"]
+
+
+def test_a_network_whose_file_does_not_say_how(recording: Path, tmp_path: Path, capsys):
+    path = make_network(tmp_path / "net.bitspike", None, "?")
+    assert call(["run", str(path), str(recording)]) == 0
+    assert "does not say how its recordings were cut; taken: 4 frames of equal numbers of events" in capsys.readouterr().err
+    assert call(["run", str(path), str(recording), "--stream"]) == 2, "nothing is guessed about a stream"
+    assert "how long is a window?" in capsys.readouterr().err
+
+
+def test_a_clock_that_is_set_back(network: Path, tmp_path: Path, capsys):
+    """The time shown goes on; the totals and a warning say what happened."""
+    random = np.random.default_rng(1)
+    t = np.concatenate([np.arange(500) * 10 + 9_000_000_000, [10**15], np.arange(500) * 10])
+    write(tmp_path / "rec.npz", events(t, random.integers(0, 16, 1001), random.integers(0, 16, 1001),
+                                       random.integers(0, 2, 1001)), "npz", size=(16, 16))
+    words = ["run", str(network), str(tmp_path / "rec.npz"), "--stream"]
+    assert call([*words, "--save", str(tmp_path / "a.html")]) == 0
+    out = capsys.readouterr()
+    assert "its clock jumped, to 0 us: the windows begin anew there" in out.err
+    lines = out.out.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["0.004 s", "0.009 s", "0.010 s (a round not over"]
+    assert "10 windows, 1,000 events" in lines[3] and "1 event dropped whose time was far off, 1 jump of the clock" in lines[3]
+    data = json.loads(re.search(r"const D=(\{.*?\});const I", (tmp_path / "a.html").read_text())[1])
+    assert data["stop"] == list(range(1000, 11_000, 1000)) and data["h"] == SIDE
+    assert call([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [d["clock_jumped"] for d in found["decisions"]] == [False] * 5 + [True] + [False] * 4
+    assert found["totals"]["astray"] == 1 and found["totals"]["jumps"] == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--stream"], ["--stream", "--json"]])
+def test_a_reader_that_goes_away(network: Path, recording: Path, tmp_path: Path, more: list[str]):
+    """`bitspike run ... | head -1` ends, and says nothing."""
+    import shlex
+
+    write(tmp_path / "part.npz", events(np.arange(300), [1] * 300, [2] * 300, [1] * 300), "npz")
+    code = "import sys; from bitspike.cli import main; main()"
+    words = shlex.join([sys.executable, "-u", "-c", code, "run", str(network), *[str(tmp_path / "part.npz")] * 20, *more])
+    for reader in ("head -1", "true"):
+        done = subprocess.run(f"{words} | {reader}", shell=True, capture_output=True, text=True, timeout=30)
+        assert not done.stderr and len(done.stdout.splitlines()) <= 1
 
 
 def test_a_stream_as_json(network: Path, recording: Path, capsys):
@@ -163,8 +232,9 @@ def test_damaged_and_empty_recordings(network: Path, recording: Path, tmp_path: 
     first, second = json.loads(out.out)
     assert first["totals"]["events"] == 799 and second["totals"]["events"] == 1000
     assert "cut.dat at byte" in out.err and "Taken: the 799 events before." in out.err
-    assert call(["run", str(network), str(cut), "--prefix"]) == 0 and "Taken: the 799" in capsys.readouterr().err
-    assert call(["run", str(network), str(cut)]) == 2 and "--prefix" in capsys.readouterr().err
+    whole = str(make_network(tmp_path / "whole.bitspike", None, "time"))
+    assert call(["run", whole, str(cut), "--prefix"]) == 0 and "Taken: the 799" in capsys.readouterr().err
+    assert call(["run", whole, str(cut)]) == 2 and "--prefix" in capsys.readouterr().err
     assert call(["run", str(network), str(empty), "--prefix"]) == 2 and "no events in it" in capsys.readouterr().err
 
 
@@ -174,7 +244,9 @@ def test_what_is_refused(network: Path, recording: Path, tmp_path: Path, capsys)
         return capsys.readouterr().err
 
     assert "go with --stream" in refused("--save", "x.gif")
-    assert "a .gif or .html of one recording" in refused("--stream", "--save", "x.mp4")
+    message = refused("--stream", "--save", "x.mp4")
+    assert "a .gif or .html of one recording" in message and "such as .mp4, are made of the .gif" in message
+    assert "--save x.gif, of 2 recordings" in refused(str(recording), "--stream", "--save", "x.gif")
     assert "make it first" in refused("--stream", "--save", str(tmp_path / "none" / "x.gif"))
     assert "give one of --window-us" in refused("--stream", "--window-us", "5", "--window-events", "5")
     assert "at least 1" in refused("--stream", "--window-us", "0")
@@ -182,4 +254,10 @@ def test_what_is_refused(network: Path, recording: Path, tmp_path: Path, capsys)
     assert call(["run", str(silent), str(recording), "--stream"]) == 2
     assert "how long is a window?" in capsys.readouterr().err
     assert call(["run", "cifar10", str(recording), "--stream"]) == 2
-    assert "needs a network of event frames" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "was made for pictures of 3 channels" in message and "needs a network of event frames" in message
+    for more in ([], ["--stream"]):
+        assert call(["run", str(network), str(tmp_path / "none.aedat"), str(tmp_path), *more]) == 2
+        message = capsys.readouterr().err
+        assert "none.aedat: there is no such file" in message and f"{tmp_path}: this is a folder" in message
+        assert "Errno" not in message

@@ -225,7 +225,7 @@ def test_any_clock_in_any_pieces(stretches, window: int, seed: int, cuts: list[i
         found = [d for piece in pieces for d in stream.push(piece)]
         assert [(d.start, d.events) for d in found] == plain.found
         totals = stream.totals
-        assert (totals.events, totals.late, totals.astray, totals.jumps) == (plain.events, plain.late, plain.astray, plain.jumps)
+        assert seen(stream)[:4] == (plain.events, plain.late, plain.astray, plain.jumps)
         found += stream.flush()
         assert totals.events + totals.late + totals.astray == len(events), "every event is accounted for"
         runs.append([(d.start, d.step, d.events, d.logits.tobytes(), d.frame.tobytes()) for d in found])
@@ -346,6 +346,6 @@ def test_what_is_refused(net: Net):
         Stream(Steps(net, 2), window_us=5)
     from bitspike.deploy.artifact import encode, parse
     pictures = next(n for n in (Net(parse(encode(*random_artifact(s)))) for s in range(99)) if n.input_steps == 1)
-    with pytest.raises(StepError, match="was made for pictures of .* channel.*needs a network of event frames"):
+    with pytest.raises(StepError, match=r"was made for pictures of .* channel.*needs a network of event frames"):
         Stream(pictures, window_us=5)
     assert Stream(net, np.array([8, 8]), window_us=np.int64(5)).sensor == (8, 8)

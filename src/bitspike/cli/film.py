@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from bitspike.cli.stream import Elapsed
 from bitspike.data.events import Events
 from bitspike.deploy import Decision
 from bitspike.deploy.fields import printable
@@ -22,8 +23,8 @@ _BACK, _TEXT, _DIM = (14, 17, 22), (230, 235, 240), (110, 120, 132)
 _ON, _OFF, _BAR = (255, 196, 92), (86, 156, 255), (92, 214, 170)
 
 
-def _pictures(decisions: Sequence[Decision], pieces: Iterable[Events], sensor: tuple[int, int]) -> np.ndarray:
-    """RGB uint8 [windows, h, w, 3]: ON bright amber, OFF blue, brighter where there are more events."""
+def _counts(decisions: Sequence[Decision], pieces: Iterable[Events], sensor: tuple[int, int]) -> np.ndarray:
+    """Counts uint8 [windows, 2, h, w] of the recording's events, at the sensor's size or a part of it."""
     shrink = max(1, -(-max(sensor) // _MOST))
     height, width = -(-sensor[0] // shrink), -(-sensor[1] // shrink)
     counts = np.zeros((len(decisions), 2, height, width), np.uint8)
@@ -51,11 +52,16 @@ def _pictures(decisions: Sequence[Decision], pieces: Iterable[Events], sensor: t
         flat[place] = np.minimum(flat[place].astype(np.int64) + number, 255)
         if len(starts) and len(data) and by_count is None and int(data["t"][0]) > int(stops[-1]):
             break
+    return counts
+
+
+def _pictures(counts: np.ndarray) -> np.ndarray:
+    """RGB uint8 [windows, h, w, 3]: ON bright amber, OFF blue, brighter where there are more events."""
     # by the brightest per cent of the pixels that fired
     fired = counts[counts > 0]
     full = max(1.0, float(np.percentile(fired, 95))) if len(fired) else 1.0
     strength = np.minimum(counts / full, 1.0) ** 0.6
-    picture = np.full((len(decisions), height, width, 3), _BACK, np.float32)
+    picture = np.full((len(counts), *counts.shape[2:], 3), _BACK, np.float32)
     for index, colour in ((0, _OFF), (1, _ON)):
         share = strength[:, index, :, :, None].astype(np.float32)
         picture = picture * (1 - share) + np.array(colour, np.float32) * share
@@ -68,14 +74,22 @@ def _shares(decisions: Sequence[Decision]) -> np.ndarray:
     return shifted / shifted.sum(1, keepdims=True)  # type: ignore[no-any-return]
 
 
-def write_film(path: Path, classes: Sequence[str], decisions: Sequence[Decision], pieces: Iterable[Events],
+def write_film(path: Path, classes: Sequence[str], decisions: Sequence[Decision], pieces: Iterable[Events] | None,
                sensor: tuple[int, int]) -> None:
-    """Write `path`, .gif or .html; it appears when it is complete. Errors: OSError; ValueError without a window."""
+    """Write `path`, .gif or .html; it appears when it is complete. Errors: OSError; ValueError without a window.
+
+    pieces: of the recording; None where its clock jumped, so that times do not say which window an event was in: the network's
+    own frames are shown then.
+    """
     if not decisions:
         raise ValueError(f"{path}: the recording ended before its first window; there is nothing to show.")
-    pictures, shares = _pictures(decisions, pieces, sensor), _shares(decisions)
+    counts = (np.stack([d.frame.transpose(2, 0, 1) for d in decisions]) if pieces is None
+              else _counts(decisions, pieces, sensor))
+    pictures, shares = _pictures(counts), _shares(decisions)
+    clock = Elapsed()
+    seconds = [clock.after(decision) for decision in decisions]
     names = [printable(name) for name in classes]
-    content = (_gif if path.suffix.lower() == ".gif" else _page)(pictures, shares, names, decisions)
+    content = (_gif if path.suffix.lower() == ".gif" else _page)(pictures, shares, names, decisions, seconds)
     with whole_file(path) as file:
         file.write(content)
 
@@ -85,7 +99,8 @@ def _durations(decisions: Sequence[Decision]) -> list[int]:
     return [min(1000, max(20, round((d.stop - d.start) / 1000))) for d in decisions]
 
 
-def _gif(pictures: np.ndarray, shares: np.ndarray, names: Sequence[str], decisions: Sequence[Decision]) -> bytes:
+def _gif(pictures: np.ndarray, shares: np.ndarray, names: Sequence[str], decisions: Sequence[Decision],
+         seconds: Sequence[float]) -> bytes:
     scale = max(1, _MOST // max(pictures.shape[1:3]))
     height, width = pictures.shape[1] * scale, pictures.shape[2] * scale
     panel, chart = 240, 72
@@ -98,7 +113,7 @@ def _gif(pictures: np.ndarray, shares: np.ndarray, names: Sequence[str], decisio
         canvas = Image.new("RGB", (width + panel, total_height), _BACK)
         canvas.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (0, 0))
         draw = ImageDraw.Draw(canvas)
-        draw.text((width + 12, 8), f"{(decision.stop - decisions[0].start) / 1e6:.2f} s   window {decision.step}", _DIM, small)
+        draw.text((width + 12, 8), f"{seconds[index]:.2f} s   window {decision.step}", _DIM, small)
         order = np.argsort(-shares[index], kind="stable")[:rows]
         for row, c in enumerate(order):
             y = 32 + 34 * row
@@ -162,7 +177,8 @@ I.onload=()=>{draw();next()};I.src=D.sheet;</script></body></html>
 """
 
 
-def _page(pictures: np.ndarray, shares: np.ndarray, names: Sequence[str], decisions: Sequence[Decision]) -> bytes:
+def _page(pictures: np.ndarray, shares: np.ndarray, names: Sequence[str], decisions: Sequence[Decision],
+          seconds: Sequence[float]) -> bytes:
     number, height, width = pictures.shape[:3]
     columns = max(1, min(number, 8192 // width))
     lines = -(-number // columns)
@@ -174,7 +190,7 @@ def _page(pictures: np.ndarray, shares: np.ndarray, names: Sequence[str], decisi
     Image.fromarray(sheet).quantize(128, dither=Image.Dither.NONE).save(png, "PNG", optimize=True)
     sheet_url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
     data = {"w": width, "h": height, "columns": columns, "top": min(_TOP, len(names)), "names": list(names),
-            "shares": shares.round(4).tolist(), "stop": [d.stop - decisions[0].start for d in decisions],
+            "shares": shares.round(4).tolist(), "stop": [round(1e6 * s) for s in seconds],
             "step": [d.step for d in decisions], "events": [d.events for d in decisions],
             "latency": [round(d.latency_ms, 3) for d in decisions], "ms": _durations(decisions), "sheet": sheet_url}
     text = json.dumps(data).replace("<", "\\u003c")  # no class name can end the script

@@ -21,6 +21,7 @@ from bitspike.data.events import EventError, Events, iterate, read
 from bitspike.data.events.framing import Frames
 from bitspike.deploy import Decision, ImageError, Net, Stream
 from bitspike.deploy.fields import printable
+from bitspike.deploy.stream import check_frames
 
 _CHUNK = 1 << 16  # events read at once
 _PUSH = 1 << 13   # of them pushed at once: what is shown lags by no more,
@@ -53,16 +54,41 @@ def told(error: Exception) -> str:
     return str(error).replace("on_error=\"prefix\"", "--prefix")
 
 
+def _check_there(path: Path) -> None:
+    """Errors: EventError."""
+    if path.is_dir():
+        raise EventError(f"this is a folder; recordings are named one by one, such as {path / '*'}.", path)
+    if not path.exists():
+        raise EventError("there is no such file. Give the path of a recording.", path)
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its word.
+
+    >>> counted(1, "window"), counted(1200, "event"), counted(2, "event left", "events left")
+    ('1 window', '1,200 events', '2 events left')
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def _empty(path: Path) -> EventError:
     return EventError("there are no events in it, so there is nothing to decide on.", path)
 
 
 def _trained(net: Net) -> Mapping[str, Any]:
-    """sensor, layout, window_us of the recordings that the network was trained on, as far as its file says, and "by"."""
+    """sensor, layout, window_us of the recordings that the network was trained on, and how they were cut ("by": count or time),
+    as far as its file says.
+    """
     provenance = net.header.get("provenance", {})
     known, settings = provenance.get("events"), provenance.get("settings")
     by = settings.get("frames_by") if isinstance(settings, dict) else None
-    return {**(known if isinstance(known, dict) else {}), "by": by if by in ("count", "time") else "count"}
+    return {**(known if isinstance(known, dict) else {}), "by": by if by in ("count", "time") else None}
+
+
+def _window_us(net: Net) -> int | None:
+    """Microseconds of a window, where the network was trained on windows of a fixed length."""
+    found = _trained(net).get("window_us")
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _layout(net: Net, path: Path) -> str | None:
@@ -84,18 +110,33 @@ def _sensor(net: Net, size: tuple[int, int] | None, extent: tuple[int, int]) -> 
 def read_frames(path: Path, net: Net, prefix: bool = False) -> np.ndarray:
     """A recording as the network takes it, uint8 [T, H, W, 2]; cut as in training. Errors: EventError, OSError, ImageError.
 
-    prefix: of a damaged one, take what is whole before the damage, with a warning.
+    A network of windows of a fixed length takes T of them from the first event on, and nothing that lasts longer.
+    prefix: of a damaged recording, take what is whole before the damage, with a warning.
     """
     height, width, channels = net.input_shape
     if channels != 2:
         raise ImageError(f"{net!r} takes frames of {channels} channels; a recording gives two (OFF, ON).")
+    _check_there(path)
     found: Events = read(path, on_error="prefix" if prefix else "raise", layout=_layout(net, path))
     if not len(found):
         raise found.problem or _empty(path)
     if found.problem is not None:
-        warn(f"{told(found.problem)} Taken: the {len(found):,} events before.")
-    frames = Frames(net.input_steps, (height, width), _trained(net)["by"])
-    return np.ascontiguousarray(frames.of(found.data, _sensor(net, found.size, found.extent)).transpose(0, 2, 3, 1))
+        warn(f"{told(found.problem)} Taken: the {counted(len(found), 'event')} before.")
+    by, window, span = _trained(net)["by"], _window_us(net), None
+    if window is not None:
+        first, last = int(found.data["t"].min()), int(found.data["t"].max())
+        by, span = "time", (first, first + net.input_steps * window)
+        if last >= span[1]:
+            raise EventError(
+                f"it lasts {last - first + 1:,} us; the network was trained on {net.input_steps} windows of {window:,} us, "
+                f"{net.input_steps * window:,} us in all. Give --stream: it plays the recording window by window and decides "
+                "after each.", path)
+    elif by is None:
+        warn(f"{path}: the network's file does not say how its recordings were cut; taken: {net.input_steps} frames of equal "
+             "numbers of events.")
+    frames = Frames(net.input_steps, (height, width), by or "count")
+    cut = frames.of(found.data, _sensor(net, found.size, found.extent), span=span)
+    return np.ascontiguousarray(cut.transpose(0, 2, 3, 1))
 
 
 # ----------------------------------------------------------------------------------------------------- play
@@ -109,7 +150,7 @@ def _scan(path: Path, layout: str | None, on_error: str) -> tuple[int, tuple[int
     if not number:
         raise problem or _empty(path)
     if problem is not None:
-        warn(f"{told(problem)} Taken: the {number:,} events before.")
+        warn(f"{told(problem)} Taken: the {counted(number, 'event')} before.")
     return number, size, (height, width)
 
 
@@ -122,20 +163,22 @@ def _window(net: Net, number: int, options: Options, path: Path) -> dict[str, in
         if value is None or value < 1:
             raise ImageError("--window-us and --window-events: at least 1.")
         return {kind: value}
-    trained = _trained(net)
-    if isinstance(trained.get("window_us"), int):
-        return {"window_us": trained["window_us"]}
-    if trained["by"] == "count" and number >= net.time_steps:
+    window = _window_us(net)
+    if window is not None:
+        return {"window_us": window}
+    if _trained(net)["by"] == "count" and number >= net.time_steps:
         return {"count": number // net.time_steps}  # as in training: the whole recording in T parts
     raise ImageError(f"{path}: how long is a window? The network's file does not say; give --window-us or --window-events.")
 
 
 def play(net: Net, paths: list[Path], options: Options) -> int:
     """Every recording through a stream of its own; 2 if one could not be read, else 0. Errors: ImageError for such options."""
+    check_frames(net)
     if options.speed < 0:
         raise ImageError(f"--speed {options.speed}: 0 (as fast as it can) or more.")
     if options.save is not None and (options.save.suffix.lower() not in (".gif", ".html") or len(paths) != 1):
-        raise ImageError(f"--save {options.save}: a .gif or .html of one recording.")
+        raise ImageError(f"--save {options.save}, of {counted(len(paths), 'recording')}: a .gif or .html of one recording is "
+                         "written. Other films, such as .mp4, are made of the .gif, for example by ffmpeg.")
     if options.save is not None and not options.save.parent.is_dir():
         raise ImageError(f"--save {options.save}: there is no folder {options.save.parent}; make it first.")
     found: list[dict[str, Any]] = []
@@ -153,6 +196,7 @@ def play(net: Net, paths: list[Path], options: Options) -> int:
 
 
 def _play_one(net: Net, path: Path, options: Options) -> dict[str, Any]:
+    _check_there(path)
     layout = _layout(net, path)
     number, size, extent = _scan(path, layout, options.on_error)
     sensor = _sensor(net, size, extent)
@@ -168,13 +212,14 @@ def _play_one(net: Net, path: Path, options: Options) -> dict[str, Any]:
                 kept.append(decision)
             if options.as_json:
                 rows.append({"start_us": decision.start, "stop_us": decision.stop, "step": decision.step,
-                             "ends_round": show.round_ends(decision), "events": decision.events,
-                             "latency_ms": round(decision.latency_ms, 4),
+                             "ends_round": show.round_ends(decision), "clock_jumped": decision.jumped,
+                             "events": decision.events, "latency_ms": round(decision.latency_ms, 4),
                              "top": best(decision.logits, net.classes, options.top)})
     if options.save is not None:
         from bitspike.cli.film import write_film
 
-        write_film(options.save, net.classes, kept, iterate(path, _CHUNK, on_error=options.on_error, layout=layout), sensor)
+        pieces = iterate(path, _CHUNK, on_error=options.on_error, layout=layout) if not stream.totals.jumps else None
+        write_film(options.save, net.classes, kept, pieces, sensor)
         more = f" (the first {FILM} windows)" if stream.totals.windows > FILM else ""
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"wrote {options.save}{more}", markup=False)
     totals = asdict(stream.totals)
@@ -184,16 +229,32 @@ def _play_one(net: Net, path: Path, options: Options) -> dict[str, Any]:
 
 def _decisions(stream: Stream, path: Path, layout: str | None, options: Options) -> Iterator[Decision]:
     """Every window, the last one cut short; at `speed` times the recording's own pace (0: no waiting)."""
-    began, first, speed = time.monotonic(), None, options.speed
+    began, clock, speed = time.monotonic(), Elapsed(), options.speed
     some = _PACED if speed else _PUSH
     for piece in iterate(path, _CHUNK, on_error=options.on_error, layout=layout):
         for start in range(0, len(piece), some):
             for decision in stream.push(piece.data[start:start + some]):
                 if speed:
-                    first = decision.start if first is None else first
-                    time.sleep(max(0.0, (decision.stop - first) / 1e6 / speed - (time.monotonic() - began)))
+                    time.sleep(max(0.0, clock.after(decision) / speed - (time.monotonic() - began)))
                 yield decision
     yield from stream.flush()
+
+
+class Elapsed:
+    """Seconds since a recording began; where its clock jumped, they go on from before the jump."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self.stop = 0
+
+    def after(self, decision: Decision) -> float:
+        """At the end of this window; to be asked for every one in turn."""
+        if self.first is None:
+            self.first = decision.start
+        elif decision.jumped:
+            self.first += decision.start - self.stop
+        self.stop = decision.stop
+        return (decision.stop - self.first) / 1e6
 
 
 def best(logits: np.ndarray, classes: list[str], top: int) -> list[dict[str, Any]]:
@@ -215,7 +276,8 @@ class _Show:
         self.live = Live(console=self.console, refresh_per_second=12, transient=False) if is_live else None
         self.last: Decision | None = None
         self.whole: Decision | None = None  # the last one that ended a round
-        self.drawn, self.first = 0.0, 0
+        self.clock, self.drawn = Elapsed(), 0.0
+        self.seconds = self.whole_seconds = 0.0  # of the recording, when these two were made
 
     def __enter__(self) -> _Show:
         (self.live or nullcontext()).__enter__()
@@ -225,7 +287,8 @@ class _Show:
         if self.live is not None:
             shown = self.whole or self.last
             if shown is not None:
-                self.live.update(self._picture(shown))  # an unfinished round may say little: it is not what stays
+                # an unfinished round may say little: it is not what stays
+                self.live.update(self._picture(shown, self.whole_seconds if self.whole else self.seconds))
             self.live.__exit__(*error)
         elif self.last is not None and not self.options.as_json and error[0] in (None, KeyboardInterrupt):
             if not self.round_ends(self.last):
@@ -236,16 +299,12 @@ class _Show:
         """Whether the network has seen as many windows as in training (without resets: a multiple of them)."""
         return decision.step % (self.stream.reset_every or self.net.time_steps) == 0
 
-    def _seconds(self, decision: Decision) -> float:
-        """Since the recording began; cameras count from any moment."""
-        return (decision.stop - self.first) / 1e6
-
     def decision(self, decision: Decision) -> None:
-        if self.last is None:
-            self.first = decision.start
-        self.last = decision
+        self.last, self.seconds = decision, self.clock.after(decision)
         if self.round_ends(decision):
-            self.whole = decision
+            self.whole, self.whole_seconds = decision, self.seconds
+        if decision.jumped and self.live is None:
+            warn(f"{self.path}: its clock jumped, to {decision.start} us: the windows begin anew there, the membranes at rest.")
         if self.options.as_json:
             return
         if self.live is None:
@@ -253,23 +312,23 @@ class _Show:
                 self._line(decision)
         elif time.monotonic() - self.drawn > 0.08:
             self.drawn = time.monotonic()
-            self.live.update(self._picture(decision))
+            self.live.update(self._picture(decision, self.seconds))
 
     def _line(self, decision: Decision) -> None:
         ranked = "  ".join(f"{guess['class']} {guess['probability']:.1%}"
                            for guess in best(decision.logits, self.net.classes, self.options.top))
         every = self.stream.reset_every
         begun = "" if not every or self.round_ends(decision) else f" (a round not over: {decision.step} of {every} windows)"
-        self.console.print(Text(printable(f"{self._seconds(decision):.3f} s{begun}: {ranked}")))
+        self.console.print(Text(printable(f"{self.seconds:.3f} s{begun}: {ranked}")))
 
-    def _picture(self, decision: Decision) -> Group:
+    def _picture(self, decision: Decision, seconds: float) -> Group:
         table = Table.grid(padding=(0, 1))
         for guess in best(decision.logits, self.net.classes, self.options.top):
             width = round(30 * guess["probability"])
             table.add_row(Text(printable(guess["class"])[:40]), Text("█" * width + "·" * (30 - width), style="cyan"),
                           Text(f"{guess['probability']:.1%}"))
-        head = Text(printable(f"{self.path.name}  {self._seconds(decision):.3f} s  window {decision.step} of "
-                              f"{self.stream.reset_every or 'endless'}, {decision.events} events"), style="bold")
+        head = Text(printable(f"{self.path.name}  {seconds:.3f} s  window {decision.step} of "
+                              f"{self.stream.reset_every or 'endless'}, {counted(decision.events, 'event')}"), style="bold")
         return Group(head, table, self._summary())
 
     def _summary(self) -> Text:
@@ -277,13 +336,16 @@ class _Show:
         decided = ""
         if self.whole is not None and self.whole is not self.last and self.live is None:
             (guess,) = best(self.whole.logits, self.net.classes, 1)
-            decided = printable(f"; after the last whole round, at {self._seconds(self.whole):.3f} s: {guess['class']} "
+            decided = printable(f"; after the last whole round, at {self.whole_seconds:.3f} s: {guess['class']} "
                                 f"{guess['probability']:.1%}")
         times = np.array(totals.latencies_ms or [0.0])
-        odd = [f"{number} {what}" for number, what in (
-            (totals.empty, "empty windows"), (totals.late, "late events dropped"),
-            (totals.outside, "events outside the sensor"),
-            (totals.clipped, "events above 255 in a pixel"), (totals.jumps, "jumps of the clock")) if number]
-        return Text(f"{totals.windows} windows, {totals.events:,} events, {totals.events_per_second / 1e6:.2f} M events/s; "
+        odd = [counted(number, *words) for number, *words in (
+            (totals.empty, "empty window"), (totals.late, "late event dropped", "late events dropped"),
+            (totals.astray, "event dropped whose time was far off", "events dropped whose time was far off"),
+            (totals.outside, "event outside the sensor", "events outside the sensor"),
+            (totals.clipped, "event above 255 in a pixel", "events above 255 in a pixel"),
+            (totals.jumps, "jump of the clock", "jumps of the clock")) if number]
+        return Text(f"{counted(totals.windows, 'window')}, {counted(totals.events, 'event')}, "
+                    f"{totals.events_per_second / 1e6:.2f} M events/s; "
                     f"decision after {np.median(times):.2f} ms (median), {times.max():.2f} ms (most)"
                     + (f"; {', '.join(odd)}" if odd else "") + decided)

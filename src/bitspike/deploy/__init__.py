@@ -12,5 +12,5 @@ from bitspike.deploy.runtime import Net, load, load_classifier
 from bitspike.deploy.steps import Steps
 from bitspike.deploy.stream import Decision, Stream
 
-__all__ = ["ArtifactError", "Decision", "Detector", "ImageError", "Net", "Segmenter", "StepError", "Steps", "Stream", "kernels",
-           "load", "load_classifier", "read_image"]
+__all__ = ["ArtifactError", "Decision", "Detector", "ImageError", "Net", "Segmenter", "StepError", "Steps", "Stream",
+           "StreamError", "kernels", "load", "load_classifier", "read_image"]

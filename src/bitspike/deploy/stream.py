@@ -38,7 +38,7 @@ class Decision:
     start, stop: of the window in microseconds, [start, stop); by count, of its first and last event. step: windows since the
     membranes were at rest, 1..; logits: float32 [classes], the mean over those windows; events: how many were counted;
     latency_ms: from the end of the window to the decision, that is, the time of the network alone; frame: what it was given,
-    uint8 [H, W, 2] (OFF, ON), not to be written into.
+    uint8 [H, W, 2] (OFF, ON), not to be written into; jumped: whether the clock jumped before this window.
     """
 
     start: int
@@ -48,6 +48,7 @@ class Decision:
     events: int
     latency_ms: float
     frame: NDArray[np.uint8] = field(repr=False)
+    jumped: bool = False
 
     @property
     def best(self) -> int:
@@ -150,6 +151,7 @@ class Stream:
         self._empty = np.zeros((height, width, 2), np.uint8)
         self._empty.flags.writeable = False
         self._held = 0
+        self._jumped = False
         self._start = self._last = None if start_us is None else _whole("start_us", start_us, -_LAST, _LAST)
         self._doubted = np.zeros(CONFIRM, _KEPT)
         self._doubts = 0
@@ -208,6 +210,7 @@ class Stream:
         self.steps.reset()
         self._counts[:] = 0
         self._held = 0
+        self._jumped = False
         self._start = self._last = None
         self._stray()
 
@@ -234,8 +237,9 @@ class Stream:
             earliest, stop, latest = start - FAR * window, start + window, start + (FAR + 1) * window
             t = times[first:first + look]
             ends = (t >= stop) & (t < latest)
-            until = int(ends.argmax()) if ends.any() else len(t)
-            look = max(_LOOK, 2 * until)  # a longer window: a longer look
+            ended = bool(ends.any())
+            until = int(ends.argmax()) if ended else len(t)
+            look = max(_LOOK, look // 2 + until) if ended else 2 * look  # as long as windows are
             t = t[:until]
             good = (t >= earliest) & (t < stop)
             if good.all():
@@ -252,7 +256,7 @@ class Stream:
                 if self._doubts == CONFIRM:
                     yield from self._follow(window)
                     continue
-            if until < len(ends) and first < len(block) and stop <= times[first] < latest:
+            if ended and first < len(block) and stop <= times[first] < latest:
                 self._stray()
                 yield from self._advance(int(times[first]), window)
 
@@ -312,7 +316,7 @@ class Stream:
         if self._held:
             yield self._decide()
         self.reset()
-        self._start = start
+        self._start, self._jumped = start, True
 
     # ------------------------------------------------------------------------------------------------ a window
     def _on_sensor(self, part: np.ndarray) -> np.ndarray:
@@ -346,7 +350,8 @@ class Stream:
         spent = time.perf_counter() - began
         start = self._start or 0
         stop = start + self.window_us if self.window_us is not None else int(self._last or start)
-        found = Decision(start, stop, self.steps.t, logits, self._held, 1e3 * spent, frame)
+        found = Decision(start, stop, self.steps.t, logits, self._held, 1e3 * spent, frame, self._jumped)
+        self._jumped = False
         totals.windows += 1
         totals.empty += not self._held
         totals.clipped += over
@@ -364,8 +369,8 @@ def check_frames(net: Net) -> None:
     channels = net.input_shape[2]
     if channels != 2 or net.input_steps < 2:
         made = f"{net.input_steps} frames" if net.input_steps > 1 else "pictures"
-        raise StepError(f"{net!r} was made for {made} of {channels} channel{'s' if channels > 1 else ''}; a stream needs a network "
-                        "of event frames: T > 1 of them with 2 channels (OFF, ON), as recipes with frames=T train them")
+        raise StepError(f"{net!r} was made for {made} of {channels} channel{'s' if channels > 1 else ''}; a stream needs a "
+                        "network of event frames: T > 1 of them with 2 channels (OFF, ON), as recipes with frames=T train them")
 
 
 def _is_whole(value: object) -> bool:
