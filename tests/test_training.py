@@ -404,7 +404,7 @@ def test_two_processes_cannot_train_one_run(tmp_path, data):
 
 
 def test_wrong_sizes(tmp_path, data):
-    with pytest.raises(RecipeError, match="must be a multiple of 2 x accumulate=20"):
+    with pytest.raises(RecipeError, match=r"multiple of 2 \(mixup and cutmix mix pairs of pictures\) x accumulate=20"):
         train(RECIPE, data, tmp_path / "a", overrides={"accumulate": "20", "mixup": "0.5"})
     with pytest.raises(ValueError, match="3800 training images are less than one batch of 5000"):
         train(RECIPE, data, tmp_path / "b", overrides={"batch_size": "5000"})

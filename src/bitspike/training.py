@@ -102,7 +102,8 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
     rank, world = accelerator.process_index, accelerator.num_processes
     pairs = 2 if recipe.mixup or recipe.cutmix else 1  # mixed with its neighbour
     if recipe.batch_size % (world * recipe.accumulate * pairs):
-        raise RecipeError(f"recipe {recipe.name!r}, field batch_size={recipe.batch_size}: must be a multiple of {pairs} x "
+        neighbours = "2 (mixup and cutmix mix pairs of pictures) x " if pairs == 2 else ""
+        raise RecipeError(f"recipe {recipe.name!r}, field batch_size={recipe.batch_size}: must be a multiple of {neighbours}"
                           f"accumulate={recipe.accumulate} x {world} processes.")
     steps = max(1, round(recipe.epochs * per_epoch))
     example = as_input(normalise(task.blank(recipe, data).to(accelerator.device), recipe))

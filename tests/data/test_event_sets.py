@@ -153,7 +153,7 @@ def test_gesture_recipes_train_from_the_archive_as_published(recipe: str, tmp_pa
     plain = load("dvs_gesture", tmp_path, Frames(made.steps, made.size, made.by))
     assert isinstance(data.train, Recordings) and data.hash == plain.hash
     assert all(torch.equal(data.train.image(i), plain.train.image(i)) for i in range(len(data.train)))
-    assert torch.equal(data.train.augmented(0, 5), data.train.augmented(0, 5))
+    assert torch.equal(data.train.augmented(0, 5)[0], data.train.augmented(0, 5)[0])
     # a clip that is gone is decoded again, the others are not touched; a damaged one is told
     (cache,) = (tmp_path / "cache").glob("dvs_gesture-events-*")
     kept = {p: p.stat().st_mtime_ns for p in cache.glob("*.npz")}
@@ -340,6 +340,62 @@ def test_event_augmentation_is_a_function_of_the_step(n_mnist: Path):
     assert labels.shape == (4,)
 
 
+def test_recordings_are_mixed(n_mnist: Path):
+    """Events and targets by the same share, of recordings of the same split; a function of index and seed."""
+    plain = load("n_mnist", n_mnist, Frames(4, (34, 34), "time", "drop=0.0"))
+    data = load("n_mnist", n_mnist, Frames(4, (34, 34), "time", "mixup=1"))
+    assert isinstance(data.train, Recordings) and isinstance(plain.train, Recordings) and data.hash == plain.hash
+    labels = set(data.train.labels.tolist())
+    shares = []
+    for seed in range(40):
+        frames, target = data.train.augmented(0, seed)
+        assert torch.equal(frames, data.train.augmented(0, seed)[0])
+        (own, share), (label, rest) = target
+        assert own == int(data.train.labels[0]) and label in labels and share + rest == pytest.approx(1)
+        most = max(float(plain.train.image(i).sum()) for i in range(len(plain.train)))
+        assert 0 < frames.sum() <= 2 * most
+        shares.append(share)
+    assert min(shares) < 0.2 and max(shares) > 0.8
+    sometimes = load("n_mnist", n_mnist, Frames(4, (34, 34), augment="mixup,roll=2"))
+    number = sum(len(sometimes.train.augmented(1, seed)[1]) == 2 for seed in range(60))
+    assert 15 < number < 45, "with probability 0.5 if nothing else is said"
+
+    def batch(workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+        (found,) = FileBatches(sometimes.train, 8, 0, Augment(), 34, "whole", "", workers, 10).step(0)
+        return found
+
+    (frames, targets), (others, theirs) = batch(0), batch(1)
+    assert torch.equal(frames, others) and torch.equal(targets, theirs)
+    assert targets.shape == (8, 10) and targets.dtype == torch.float32 and torch.allclose(targets.sum(1), torch.ones(8))
+    assert (targets.amax(1) < 1).any()
+
+
+def test_a_recipe_trains_on_mixed_recordings(n_mnist: Path, tmp_path: Path):
+    from dataclasses import replace
+
+    from bitspike.training import train
+
+    recipe = replace(all_recipes()["events.n_mnist"], event_augment="mixup=0.8", mixup=0.2, epochs=1, batch_size=4,
+                     frames=2, workers=0, model_options={"num_classes": 2, "time_steps": 2})
+    data = load("n_mnist", n_mnist, recipe.event_frames())
+    found = train(recipe, data, tmp_path / "run")
+    assert found["test_n"] == 4 and not np.isnan(found["test_loss"])
+
+
+def test_windows_of_a_recording_are_mixed_at_their_place():
+    """Of fixed windows it is the beginnings that fall together, not the first events."""
+    first, second = events([10_050, 10_090], [0, 0], [0, 0], [1, 1]), events([500, 560], [1, 1], [1, 1], [0, 0])
+
+    class Half(np.random.Generator):
+        def random(self, size=None):
+            return 0.5 if size is None else np.arange(size) * 0.6
+
+    made, shares = Frames(5, (2, 2), "time", "mixup=1").mixed(first, (2, 2), Half(np.random.PCG64(0)), (10_000, 10_100),
+                                                             lambda: (second, (490, 590)))
+    assert shares == [0.5] and made.sum() == 2, "the first event of each"
+    assert made[2, 1, 0, 0] == 1 and made[0, 0, 1, 1] == 1
+
+
 def test_sequences_are_augmented_frame_by_frame_alike(n_mnist: Path):
     data = load("n_mnist", n_mnist, Frames(4, (34, 34)))
     (images, _), = ArrayBatches(data.train, 8, 0, Augment("random", 2, "zero", 6, 0.0, (0.0, 0.0), (1.0, 1.0))).step(0)
@@ -354,12 +410,12 @@ def test_sequences_are_augmented_frame_by_frame_alike(n_mnist: Path):
 
 
 def test_frames_that_cannot_be_meant():
-    with pytest.raises(EventError, match="allowed: flip, roll, rotate, cutout, jitter, drop"):
+    with pytest.raises(EventError, match="allowed: flip, roll, rotate, cutout, jitter, drop, mixup"):
         Frames(4, (8, 8), augment="rol=3")
     with pytest.raises(EventError, match="by 'number'"):
         Frames(4, (8, 8), "number")
     for wrong in ("roll=nan", "roll=-1", "roll=2.5", "rotate=nan", "rotate=inf", "cutout=1e9", "jitter=1e300", "drop=2",
-                  "flip=nan"):
+                  "flip=nan", "mixup=2", "mixup=-0.1"):
         with pytest.raises(EventError, match=f"event augmentation {wrong.partition('=')[0]}=.*allowed: "):
             Frames(4, (8, 8), augment=wrong)
 

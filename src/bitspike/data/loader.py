@@ -19,15 +19,18 @@ def _at_least_one_bit(level_fn: Callable[[float, Any], tuple[int]], level: float
     return (max(1, level_fn(level, options)[0]),)
 
 
-class _Train(Dataset[tuple[Tensor, int]]):
-    """Sample (epoch, index) -> augmented image: a pure function of seed, epoch and index."""
+class _Train(Dataset[tuple[Tensor, "int | Tensor"]]):
+    """Sample (epoch, index) -> (augmented image, label): a pure function of seed, epoch and index.
+
+    Where recordings are mixed, the label is shares of the classes, float [K].
+    """
 
     def __init__(self, split: Split, seed: int, size: int, crop: str, rand_augment: str,
-                 mean: tuple[float, ...]) -> None:
+                 mean: tuple[float, ...], classes: int) -> None:
         from timm.data.auto_augment import rand_augment_transform
         from torchvision.transforms import v2
 
-        self.split, self.seed = split, seed
+        self.split, self.seed, self.classes = split, seed, classes
         bicubic = v2.InterpolationMode.BICUBIC
         self.fit = (v2.RandomResizedCrop(size, interpolation=bicubic, antialias=True) if crop == "random_resized"
                     else v2.Resize((size, size), bicubic, antialias=True))
@@ -42,14 +45,20 @@ class _Train(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:  # type: ignore[override]
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int | Tensor]:  # type: ignore[override]
         from torchvision.transforms.v2 import functional as vision
 
         epoch, index = key
         seed = seed_of(self.seed, "sample", epoch, index)
         seed_globals(seed)
         if isinstance(self.split, Recordings):  # changed as events, before the frames are made
-            return self.split.augmented(index, seed), int(self.split.labels[index])
+            frames, shares = self.split.augmented(index, seed)
+            if not self.split.frames.mixes:
+                return frames, shares[0][0]
+            target = torch.zeros(self.classes)
+            for label, share in shares:
+                target[label] += share
+            return frames, target
         image = self.fit(self.split.image(index))
         if self.augment is not None:
             grey = image.shape[0] == 1
@@ -82,14 +91,14 @@ class FileBatches:
     """`Batches` for images on disk or with RandAugment; they do not depend on the number of workers.
 
     size: side of the square the model sees. crop: "random_resized" (8..100 % of the area) or "whole" (resized).
-    rand_augment: timm's text, such as "rand-m9-mstd0.5-inc1", or "".
+    rand_augment: timm's text, such as "rand-m9-mstd0.5-inc1", or "". classes: K, for recordings that are mixed.
     """
 
     def __init__(self, split: Split, batch_size: int, seed: int, augment: Augment, size: int, crop: str,
-                 rand_augment: str, workers: int) -> None:
+                 rand_augment: str, workers: int, classes: int = 0) -> None:
         self.split, self.batch_size, self.seed, self.augment, self.workers = split, batch_size, seed, augment, workers
         self.steps_per_epoch = len(split) // batch_size
-        self._data = _Train(split, seed, size, crop, rand_augment, augment.mean)
+        self._data = _Train(split, seed, size, crop, rand_augment, augment.mean, classes)
         self._next: tuple[int, int, int, int] | None = None  # what the open loader will give next
 
     def _open(self, step: int, rank: int, world: int, accumulate: int) -> None:

@@ -195,7 +195,8 @@ def mix(images: Tensor, targets: Tensor, classes: int, mixup: float, cutmix: flo
     """Mixup or cutmix (either with probability 1/2 if both are on) of neighbours 2i, 2i+1; one ratio for the step.
 
     images: float [B, C, H, W] or sequences [B, T, C, H, W], B even; targets: int64 [B] -> float [B, K]. Batches are
-    shuffled, so neighbours are strangers, and a pair is never split between processes.
+    shuffled, so neighbours are strangers, and a pair is never split between processes. Targets that are shares of the classes
+    already, float [B, K], are mixed as such.
     """
     if mixup <= 0 and cutmix <= 0:
         return images, targets
@@ -204,7 +205,7 @@ def mix(images: Tensor, targets: Tensor, classes: int, mixup: float, cutmix: flo
     alpha = cutmix if cut else mixup
     ratio = float(np.random.default_rng(seed_of(*key, "beta")).beta(alpha, alpha))
     other = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    hot = F.one_hot(targets, classes).to(images.dtype)
+    hot = (targets if targets.is_floating_point() else F.one_hot(targets, classes)).to(images.dtype)
     if cut:
         H, W = images.shape[-2:]
         h, w = round(H * (1 - ratio) ** 0.5), round(W * (1 - ratio) ** 0.5)

@@ -35,6 +35,11 @@ class Clip(NamedTuple):
     stop: int | None = None
     fixed: bool = False
 
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """[start, stop) that frames by time divide, if not the events' own."""
+        return (self.start, self.stop) if self.fixed and self.start is not None and self.stop is not None else None
+
     def cut(self, data: np.ndarray) -> np.ndarray:
         """The clip's events of its file's."""
         if self.start is None or self.stop is None:
@@ -64,11 +69,9 @@ class Recordings:
             raise DataError(f"{', '.join(map(str, self.store.places))}: {error}") from None
         return found.data
 
-    def _frames(self, data: np.ndarray, clip: Clip, random: np.random.Generator | None = None) -> np.ndarray:
-        data = clip.cut(data)
-        span = (clip.start, clip.stop) if clip.fixed and clip.start is not None and clip.stop is not None else None
+    def _frames(self, data: np.ndarray, clip: Clip) -> np.ndarray:
         try:
-            return self.frames.of(data, self.sensor, random, span)
+            return self.frames.of(clip.cut(data), self.sensor, None, clip.span)
         except EventError as error:
             raise DataError(f"{clip.name}: {error}") from None
 
@@ -77,11 +80,30 @@ class Recordings:
         clip = self.clips[index]
         return torch.from_numpy(self._frames(self.events(self.store.read(clip.name), clip.name), clip))
 
-    def augmented(self, index: int, seed: int) -> Tensor:
-        """uint8 [T, 2, H, W] of the events changed as `frames.augment` says: a pure function of index and seed."""
-        clip = self.clips[index]
-        data = self.events(self.store.read(clip.name), clip.name)
-        return torch.from_numpy(self._frames(data, clip, np.random.default_rng(seed)))
+    def _clip_events(self, clip: Clip) -> np.ndarray:
+        return clip.cut(self.events(self.store.read(clip.name), clip.name))
+
+    def augmented(self, index: int, seed: int) -> tuple[Tensor, list[tuple[int, float]]]:
+        """(uint8 [T, 2, H, W] of the events changed as `frames.augment` says, (label, share) of its target, shares sum to 1).
+
+        A pure function of index and seed. Several entries only where recordings are mixed.
+        """
+        clip, random = self.clips[index], np.random.default_rng(seed)
+        target = [(int(self.labels[index]), 1.0)]
+        others: list[int] = []
+
+        def other() -> tuple[np.ndarray, tuple[int, int] | None]:
+            others.append(int(random.integers(len(self))))
+            second = self.clips[others[-1]]
+            return self._clip_events(second), second.span
+
+        try:
+            made, shares = self.frames.mixed(self._clip_events(clip), self.sensor, random, clip.span, other)
+        except EventError as error:
+            raise DataError(f"{clip.name}: {error}") from None
+        for share, second in zip(shares, others, strict=True):
+            target = [*((label, part * share) for label, part in target), (int(self.labels[second]), 1 - share)]
+        return torch.from_numpy(made), target
 
     def take(self, indices: Tensor) -> Recordings:
         """See `Split`."""

@@ -17,7 +17,9 @@ from bitspike.tasks import Meter, summed
 
 
 class Classification:
-    """See `Task`. Targets are labels, int64 [B]; with mixup or cutmix shares of the classes, [B, K]."""
+    """See `Task`. Targets are labels, int64 [B]; with mixup, cutmix or mixed recordings shares of the
+    classes, [B, K].
+    """
 
     def batches(self, recipe: Recipe, data: Dataset) -> Batches:
         """From memory where nothing has to be decoded, resized or RandAugmented, else by worker processes."""
@@ -29,7 +31,7 @@ class Classification:
             return ArrayBatches(split, recipe.batch_size, recipe.seed, augment)
         try:
             return FileBatches(split, recipe.batch_size, recipe.seed, augment, recipe.image_size, recipe.crop,
-                               recipe.rand_augment, recipe.workers)
+                               recipe.rand_augment, recipe.workers, len(data.classes))
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             if not recipe.rand_augment:
                 raise

@@ -89,15 +89,17 @@ def drop(data: np.ndarray, random: np.random.Generator, share: float = 0.1) -> n
     return data[random.random(len(data)) >= share]
 
 
-def mix(first: np.ndarray, second: np.ndarray, random: np.random.Generator, share: float = 0.5) -> np.ndarray:
+def mix(first: np.ndarray, second: np.ndarray, random: np.random.Generator, share: float = 0.5,
+        starts: tuple[int, int] | None = None) -> np.ndarray:
     """Both recordings over each other: a random `share` of the first, the rest's share of the second, as from time 0.
 
     The target is mixed by the same share: share * target(first) + (1 - share) * target(second).
+    starts: the moment of each that becomes time 0; default: of its first event.
     """
     _check_share("share", share)
     kept = [data[random.random(len(data)) < part] for data, part in ((first, share), (second, 1 - share))]
-    for out, data in zip(kept, (first, second), strict=True):
+    for index, (out, data) in enumerate(zip(kept, (first, second), strict=True)):
         if len(data):
-            out["t"] -= data["t"].min()
+            out["t"] -= data["t"].min() if starts is None else starts[index]
     both = join(kept)
     return both[np.argsort(both["t"], kind="stable")]

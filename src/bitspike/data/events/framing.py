@@ -1,7 +1,7 @@
 """From a recording to what a network is trained on: uint8 event frames, with the events changed before that if asked."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,12 @@ from bitspike.data.events.representations import frames
 
 _Change = Callable[[np.ndarray, tuple[int, int], np.random.Generator, float], np.ndarray]
 
+def _alone(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, value: float) -> np.ndarray:
+    """Mixup where there is no other recording to mix with."""
+    augment.mix(data[:0], data[:0], random, value)  # refuses what is no probability
+    return data
+
+
 #: name in `event_augment` -> (the change, its default strength)
 CHANGES: dict[str, tuple[_Change, float]] = {
     "flip": (lambda data, size, random, value: augment.flip(data, size, random, value), 0.5),
@@ -20,6 +26,7 @@ CHANGES: dict[str, tuple[_Change, float]] = {
     "cutout": (lambda data, size, random, value: augment.cutout(data, size, random, value), 16),
     "jitter": (lambda data, size, random, value: augment.jitter_time(data, random, value), 1000.0),
     "drop": (lambda data, size, random, value: augment.drop(data, random, value), 0.1),
+    "mixup": (_alone, 0.5),
 }
 
 
@@ -29,7 +36,8 @@ class Frames:
 
     steps: T; size: (height, width) of a frame, the sensor's pixels are pooled to it; by: "count" or "time", see
     `representations.edges`; augment: changes of the events of training recordings, "name" or "name=strength" separated
-    by commas, in that order, from `CHANGES` (strengths in sensor pixels, degrees, microseconds, probability).
+    by commas, in that order, from `CHANGES` (strengths in sensor pixels, degrees, microseconds, probability). "mixup" mixes
+    with another training recording, with that probability and a share drawn evenly from 0..1; see `mixed`.
 
     Errors: EventError for anything else.
 
@@ -64,6 +72,30 @@ class Frames:
                 raise EventError(f"event augmentation {part!r}; allowed: {', '.join(CHANGES)}, each alone or as name=number, "
                                  "separated by commas.") from None
         return found
+
+    @property
+    def mixes(self) -> bool:
+        """Whether recordings are mixed, so that a target is shares of classes."""
+        return any(name == "mixup" for name, _ in self.changes())
+
+    def mixed(self, data: np.ndarray, sensor: tuple[int, int], random: np.random.Generator, span: tuple[int, int] | None,
+              other: Callable[[], tuple[np.ndarray, tuple[int, int] | None]]) -> tuple[np.ndarray, Sequence[float]]:
+        """(`of` with the augmentation, and with "mixup" among it; the share of the target that each mixing left to the first).
+
+        other: the events, not changed, and the span of another recording; called once for every mixing.
+        """
+        shares: list[float] = []
+        for name, value in self.changes():
+            if name == "mixup" and random.random() < value:
+                share = float(random.random())
+                second, second_span = other()
+                starts = None if span is None or second_span is None else (span[0], second_span[0])
+                data = augment.mix(data, second, random, share, starts)
+                span = None if span is None else (0, span[1] - span[0])
+                shares.append(share)
+            else:
+                data = CHANGES[name][0](data, sensor, random, value)
+        return self.of(data, sensor, None, span), shares
 
     def of(self, data: np.ndarray, sensor: tuple[int, int], random: np.random.Generator | None = None,
            span: tuple[int, int] | None = None) -> np.ndarray:
