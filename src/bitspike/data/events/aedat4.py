@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from bitspike.data.events.core import DTYPE, EventError, Part, Source, Stream, check_writable, count
+from bitspike.data.events.core import DTYPE, EventError, Part, Source, Stream, check_writable, count, first_outside
 from bitspike.data.events.flatbuffer import Damaged, Table, header, packet
 from bitspike.extras import MissingExtra
 
@@ -89,7 +89,11 @@ def _decompress(body: bytes, how: str, probe: bool = False) -> bytes:
         return body
     try:
         if package == "lz4":
-            return bytes(lz4.frame.LZ4FrameDecompressor().decompress(body, max_length=_LIMIT + 1))
+            decoder = lz4.frame.LZ4FrameDecompressor()
+            plain = decoder.decompress(body, max_length=max(1 << 16, 8 * len(body)))  # it makes room for as much, at once
+            if not decoder.eof and not decoder.needs_input:
+                plain += decoder.decompress(b"", max_length=_LIMIT + 1 - len(plain))
+            return bytes(plain)
         with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(body) as reader:
             return bytes(reader.read(_LIMIT + 1))
     except Exception as error:  # RuntimeError of lz4, ZstdError: both say what is wrong
@@ -105,7 +109,7 @@ def _parts(source: Source, start: int, end: int, how: str, kinds: dict[int, str]
         if size < 0 or offset + 8 + size > end:
             raise source.error(offset, f"no whole packet begins here ({end - offset} bytes are left): the recording is "
                                "truncated or corrupt. Copy it again, or read what is whole with on_error=\"prefix\".")
-        body, at, offset = source.at(offset + 8, size), offset, offset + 8 + size
+        at, offset = offset, offset + 8 + size
         kind = kinds.get(stream, "")
         if kinds and kind != "EVTS":
             if not kind:
@@ -113,7 +117,7 @@ def _parts(source: Source, start: int, end: int, how: str, kinds: dict[int, str]
             count(skipped, _KINDS.get(kind, f"{kind} packets"), 1)
             continue
         try:
-            plain = memoryview(_decompress(body, how))
+            plain = memoryview(_decompress(source.at(at + 8, size), how))
             if len(plain) > _LIMIT:
                 raise ValueError(f"it unpacks to more than {_LIMIT} bytes")
             if len(plain) < 12 or int.from_bytes(plain[:4], "little") > len(plain) - 4:
@@ -125,9 +129,8 @@ def _parts(source: Source, start: int, end: int, how: str, kinds: dict[int, str]
         except ValueError as error:
             raise source.error(at, f"the packet is damaged ({error}). Copy the file again, or use on_error=\"prefix\"."
                                ) from None
-        bad = (data["p"] > 1) | (data["x"] >= 1 << 15) | (data["y"] >= 1 << 15)
-        if bad.any():
-            first = int(np.argmax(bad))
+        if first_outside(data, 1 << 15, 1 << 15) < len(data) or (data["p"] > 1).any():
+            first = int(np.argmax((data["p"] > 1) | (data["x"] >= 1 << 15) | (data["y"] >= 1 << 15)))
             yield Part(data[:first], at, 0)
             raise source.error(at, f"event {first} of this packet is {data[first].item()}: the packet is damaged.")
         yield Part(data, at, 0)

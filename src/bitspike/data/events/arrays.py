@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from bitspike.data.events.core import BLOCK, DTYPE, EventError, Part, Source, Stream, check_writable, events
+from bitspike.data.events.core import BLOCK, DTYPE, EventError, Part, Source, Stream, check_writable
 from bitspike.extras import MissingExtra
 
 try:
@@ -68,39 +68,60 @@ def _split(rows: np.ndarray) -> dict[str, np.ndarray]:
     return {ours: rows[theirs] for ours, theirs in _columns(rows.dtype.names, "the array").items()}
 
 
-def _convert(column: dict[str, np.ndarray]) -> tuple[np.ndarray, int, str]:
-    """(events, number of usable rows, what is wrong with the next one)."""
-    lengths = {len(c) for c in column.values()}
-    usable, fault = min(lengths), ""
-    limits = {"t": (-(1 << 62), 1 << 62), "x": (0, 65535), "y": (0, 65535), "p": (-1, 1)}
-    for name, (least, greatest) in limits.items():
+_LIMITS = {"t": (-(1 << 62), 1 << 62), "x": (0, 65535), "y": (0, 65535), "p": (-1, 1)}
+
+
+def _first_bad(values: np.ndarray, least: int, greatest: int) -> int:
+    """The first that is no whole number of least..greatest; their number, if all are."""
+    kind = values.dtype.kind
+    if kind == "b" or not len(values):
+        return len(values)
+    if kind in "iu":  # a whole type may be inside already, and two numbers tell of all of them
+        info = np.iinfo(values.dtype)
+        if (info.min >= least or int(values.min()) >= least) and (info.max <= greatest or int(values.max()) <= greatest):
+            return len(values)
+    with np.errstate(invalid="ignore"):
+        bad = ~((values >= least) & (values <= greatest))
+        if kind == "f":
+            bad |= values != np.floor(values)
+    return int(np.argmax(bad)) if bad.any() else len(values)
+
+
+def _convert(column: dict[str, np.ndarray], room: Callable[[int], np.ndarray]) -> tuple[np.ndarray, int, str]:
+    """(events in what `room` gave, uint8 [16 N], number of usable rows, what is wrong with the next one)."""
+    column = {name: np.ascontiguousarray(values) for name, values in column.items()}  # of packed records they are not aligned
+    usable, fault = min(map(len, column.values())), ""
+    for name, (least, greatest) in _LIMITS.items():
         values = column[name][:usable]
         if values.dtype.kind not in "biuf":
-            return events([], [], [], []), 0, f"{name} is of type {values.dtype}, expected whole numbers"
-        if values.dtype.kind == "b":
-            continue
-        with np.errstate(invalid="ignore"):
-            bad = ~((values >= least) & (values <= greatest))
-            if values.dtype.kind == "f":
-                bad |= values != np.floor(values)
-        if bad.any():
-            usable = int(np.argmax(bad))
+            return room(0), 0, f"{name} is of type {values.dtype}, expected whole numbers"
+        first = _first_bad(values, least, greatest)
+        if first < usable:
+            usable = first
             fault = f"{name} = {values[usable]}, expected a whole number {least}..{greatest}" + (
                 " of microseconds (multiply seconds by 1e6)" if name == "t" else "")
-    cut = {name: values[:usable] for name, values in column.items()}
-    return events(cut["t"], cut["x"], cut["y"], cut["p"] > 0), usable, fault
+    rows = room(usable)
+    rows[:] = 0  # the bytes of padding
+    data = rows.view(DTYPE)
+    for name in "txy":
+        data[name] = column[name][:usable]
+    p = column["p"][:usable]
+    data["p"] = p if p.dtype.kind in "bu" else p > 0
+    return rows, usable, fault
 
 
 def _parts(source: Source, number: int, fetch: Callable[[int, int], dict[str, np.ndarray]], offset: int,
            stride: int) -> Iterator[Part]:
+    if 0 < number < 1 << 28:
+        source.expect(source.length / number)
     for first in range(0, number, BLOCK):
         try:
             column = fetch(first, min(BLOCK, number - first))
         except DAMAGED as error:
             raise source.error(offset + first * stride, f"cannot be read on from event {first} ({error}): truncated or "
                                "corrupt. Copy it again, or read what is whole with on_error=\"prefix\".") from None
-        data, usable, fault = _convert(column)
-        yield Part(data, offset + first * stride, stride)
+        rows, usable, fault = _convert(column, source.rows)
+        yield Part(source.kept(rows, usable), offset + first * stride, stride)
         if fault:
             raise source.error(offset + (first + usable) * stride, f"event {first + usable} has {fault}.")
         if usable < min(BLOCK, number - first):

@@ -122,13 +122,14 @@ def read(path: Path | str, *, on_error: str = "raise", layout: str | None = None
     >>> found = read(path); found.format, found.size, found.data[1].item()
     ('evt2', (480, 640), (4, 639, 2, 0))
     """
-    with Path(path).open("rb") as file:
+    path = Path(path)
+    with path.open("rb") as file:
         return read_from(file, path, on_error=on_error, layout=layout)
 
 
 def read_from(file: BinaryIO, name: Path | str, *, on_error: str = "raise", layout: str | None = None) -> Events:
     """As `read`, of an open file that can be sought, such as a member of an archive; name: for messages."""
-    source = Source(Path(name), file)
+    source = Source(name if isinstance(name, Path) else Path(name), file)  # to parse it again takes time, for small files
     held: list[np.ndarray] = []
     stream = Stream("unknown", None, iter(()), {})
     source.whole = native.module is not None and source.length < 1 << 30
