@@ -13,7 +13,7 @@ struct Avx2 {
   using Code = int16_t;
   using Weight = int16_t;
   static constexpr int kUnit = 2, kLanes = 8, kPixels = 4, kVectors = 2;
-  static constexpr int kBytes = 32, kEventRows = 2;
+  static constexpr int kBytes = 32, kNibbleVectors = 2, kByteVectors = 2;
   static constexpr int kSignedOffset = 0, kUnsignedOffset = 0;
 
   static __m256i mask(int lanes) {
@@ -105,6 +105,7 @@ struct Avx2 {
     Factor(__m256i l, __m256i h) : low(l), high(h) {}
     explicit Factor(int64_t v) : low(_mm256_set1_epi64x(v)), high(low) {}
   };
+  static Factor multiplier(const int32_t* p) { return Factor(p); }
   static Factor factor(const int32_t* p, int lanes) { return Factor(load(p, lanes)); }
   static Factor no_bias() { return Factor(zero(), zero()); }
 
@@ -183,6 +184,7 @@ struct Avx2 {
                                                    _mm256_set1_epi16(1)));
   }
 
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   static I32 load_bytes(const int8_t* p) { return load_weights(reinterpret_cast<const int16_t*>(p)); }
   static I32 add8(I32 a, const int8_t* p) { return _mm256_add_epi8(a, load_bytes(p)); }
   // A value the compiler must not know anything about.
@@ -210,7 +212,7 @@ struct Avx2 {
     acc[3] = _mm256_add_epi32(acc[3], _mm256_srli_epi32(part, 24));
   }
   static I32 low_nibbles(I32 v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-  // Appends every channel's number as often as its code says.
+  // Appends every channel's number, times kEventEntry, as often as its code says.
   static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
     for (int c = 0; c < channels; c += 32) {
       uint8_t last[32] = {};
@@ -220,7 +222,7 @@ struct Avx2 {
       unsigned has = ~static_cast<unsigned>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())));
       for (; has; has &= has - 1) {
         const int i = static_cast<int>(_mm_popcnt_u32((has & (0u - has)) - 1));
-        for (int n = from[i]; n > 0; --n) to[count++] = static_cast<uint16_t>(c + i);
+        for (int n = from[i]; n > 0; --n) to[count++] = static_cast<uint16_t>((c + i) * kEventEntry);
       }
     }
     return count;

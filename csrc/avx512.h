@@ -14,7 +14,7 @@ struct Avx512 {
   using Code = uint8_t;
   using Weight = int8_t;
   static constexpr int kUnit = 4, kLanes = 16, kPixels = 8, kVectors = 3;
-  static constexpr int kBytes = 64, kEventRows = 4;
+  static constexpr int kBytes = 64, kNibbleVectors = 2, kByteVectors = 1;
   static constexpr int kSignedOffset = 128, kUnsignedOffset = 0;  // vpdpbusd wants unsigned codes; the start value takes it back
 
   static __mmask16 mask(int lanes) { return static_cast<__mmask16>((1u << lanes) - 1); }
@@ -93,6 +93,11 @@ struct Avx512 {
     Factor(__m512i e, __m512i o) : even(e), odd(o) {}
     explicit Factor(int64_t v) : even(_mm512_set1_epi64(v)), odd(even) {}
   };
+  // To multiply by only: vpmuldq does not look at the upper halves.
+  static Factor multiplier(const int32_t* p) {
+    const __m512i v = _mm512_loadu_si512(p);
+    return {v, _mm512_srli_epi64(v, 32)};
+  }
   static Factor factor(const int32_t* p, int lanes) { return Factor(load(p, lanes)); }
   static Factor no_bias() { return Factor(zero(), zero()); }
 
@@ -149,6 +154,7 @@ struct Avx512 {
   static int32_t count_bits(uint64_t bits) { return static_cast<int32_t>(_mm_popcnt_u64(bits)); }
   static I32 broadcast32(const uint8_t* p) { return broadcast(p); }
 
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   static I32 load_bytes(const int8_t* p) { return _mm512_loadu_si512(p); }
   static I32 add8(I32 a, const int8_t* p) { return _mm512_add_epi8(a, _mm512_loadu_si512(p)); }
   // A value the compiler must not know anything about.
@@ -173,13 +179,14 @@ struct Avx512 {
   static I32 majority(I32 a, I32 b, I32 c) { return _mm512_ternarylogic_epi32(a, b, c, 0xe8); }
   static I32 parity(I32 a, I32 b, I32 c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
   static I32 low_nibbles(I32 v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-  // Appends every channel's number as often as its code says, in no order; may write 64 entries too many.
+  // Appends every channel's number, times kEventEntry, as often as its code says, in no order; may write 64 entries too many.
   static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
     return cpu_has_avx512_compress() ? append_events_avx512(to, count, codes, channels)
                                      : append_events_by_16(to, count, codes, channels);
   }
   static size_t append_events_by_16(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
-    const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i numbers = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                               _mm512_set1_epi32(kEventEntry));
     for (int c = 0; c < channels; c += kBytes) {
       const __m512i code = load_codes(codes + c, channels - c);
       int least = 1;
@@ -188,7 +195,7 @@ struct Avx512 {
            has = _mm512_cmpge_epu8_mask(code, _mm512_set1_epi8(static_cast<char>(++least)))) {
         for (int i = 0; i < kBytes; i += kLanes, has >>= kLanes) {
           const __mmask16 some = static_cast<__mmask16>(has);
-          const __m512i number = _mm512_maskz_compress_epi32(some, _mm512_add_epi32(numbers, _mm512_set1_epi32(c + i)));
+          const __m512i number = _mm512_maskz_compress_epi32(some, _mm512_add_epi32(numbers, _mm512_set1_epi32((c + i) * kEventEntry)));
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + count), _mm512_cvtepi32_epi16(number));
           count += _mm_popcnt_u32(some);
         }
@@ -199,8 +206,11 @@ struct Avx512 {
   // to[i] = from[i] + row; may write and read 32 entries too many.
   static void copy_events(uint16_t* to, const uint16_t* from, size_t n, uint16_t row) {
     const __m512i offset = _mm512_set1_epi16(static_cast<short>(row));
-    for (size_t i = 0; i < n; i += 32)
+    size_t i = 0;
+    do {  // at least once: most lists are that short, and whether one is empty cannot be told beforehand
       _mm512_storeu_si512(to + i, _mm512_add_epi16(_mm512_loadu_si512(from + i), offset));
+      i += 32;
+    } while (i < n);
   }
   static I32 multiply_add(I32 acc, I32 a, I32 b) { return _mm512_add_epi32(acc, _mm512_mullo_epi32(a, b)); }
   static I32 more(I32 a, I32 b) { return _mm512_movm_epi32(_mm512_cmpgt_epi32_mask(a, b)); }

@@ -159,7 +159,7 @@ struct Requantize {
   typename V::Factor m, wide;
   typename V::I32 b;
 
-  Requantize(const int32_t* m_at, const int32_t* b_at) : m(m_at), wide(b_at), b(V::load(b_at)) {}
+  Requantize(const int32_t* m_at, const int32_t* b_at) : m(V::multiplier(m_at)), wide(b_at), b(V::load(b_at)) {}
   typename V::I32 operator()(typename V::I32 acc, const typename V::Scale& scale) const {
     return kFits ? V::add(V::requant_fits(acc, m, scale), b) : V::requant(acc, m, wide, scale);
   }

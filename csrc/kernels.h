@@ -162,6 +162,9 @@ struct Kernels {
 
 extern const Kernels kernels_scalar;
 
+// Lists of events hold row numbers times this, a factor that the addressing of rows has for nothing.
+constexpr int kEventEntry = 8;
+
 // The rule for `supported` that every set starts from (scalar.cc); a set may support less, never more.
 bool may_support(Variant, const Conv&);
 

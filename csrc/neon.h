@@ -68,7 +68,7 @@ struct Neon : NeonCodes<kDot> {
   using typename Base::Weight;
   using I32 = int32x4_t;
   static constexpr int kLanes = 4, kPixels = 4, kVectors = 3;  // 12 accumulators, 3 weights, 1 code of 32 registers
-  static constexpr int kBytes = 16, kEventRows = 4;
+  static constexpr int kBytes = 16, kNibbleVectors = 4, kByteVectors = 4;
   static constexpr int kSignedOffset = 0;
 
   static I32 zero() { return vdupq_n_s32(0); }
@@ -133,6 +133,7 @@ struct Neon : NeonCodes<kDot> {
     Factor(int64x2_t l, int64x2_t h) : low(l), high(h) {}
     explicit Factor(int64_t v) : low(vdupq_n_s64(v)), high(low) {}
   };
+  static Factor multiplier(const int32_t* p) { return Factor(p); }
   static Factor factor(const int32_t* p, int lanes) { return Factor(load(p, lanes)); }
   static Factor no_bias() { return Factor(zero()); }
 
@@ -206,6 +207,7 @@ struct Neon : NeonCodes<kDot> {
   }
 
   // -------------------------------------------------------------------------------------------------- events
+  static void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
   static I32 load_bytes(const int8_t* p) { return vreinterpretq_s32_s8(vld1q_s8(p)); }
   static I32 add8(I32 a, const int8_t* p) { return vreinterpretq_s32_s8(vaddq_s8(vreinterpretq_s8_s32(a), vld1q_s8(p))); }
   static I32 add8(I32 a, I32 b) { return vreinterpretq_s32_s8(vaddq_s8(vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b))); }
@@ -239,7 +241,7 @@ struct Neon : NeonCodes<kDot> {
       uint64_t has = vget_lane_u64(vreinterpret_u64_u8(vshrn_n_u16(vreinterpretq_u16_u8(vtstq_u8(v, v)), 4)), 0);
       while (has) {
         const int i = __builtin_ctzll(has) >> 2;
-        for (int n = from[i]; n > 0; --n) to[count++] = static_cast<uint16_t>(c + i);
+        for (int n = from[i]; n > 0; --n) to[count++] = static_cast<uint16_t>((c + i) * kEventEntry);
         has &= ~(uint64_t{15} << (4 * i));
       }
     }

@@ -198,3 +198,23 @@ def test_a_wrong_call_is_refused():
     with pytest.raises(ValueError, match="support"):
         three = _kernels.OneConv("scalar", "shift", (5, 5), 3 * w, (1, 1), (1, 1), 1, pad, m, 0, m, (0, 4))
         three(x, (0, 5), None, out, [])
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("weights", ["four bits", "bytes"])
+@pytest.mark.parametrize("channels, kernel, width, outputs", [
+    (700, (1, 1), 3, 20), (1300, (1, 1), 2, 300), (300, (3, 3), 4, 33), (1000, (3, 3), 3, 140),
+    (2, (3, 3), 120, 129), (70, (1, 1), 150, 7),
+])
+def test_chunks_and_strips_of_events_change_nothing(isa, weights, channels, kernel, width, outputs):
+    """More rows of weights than a chunk has, more channels than a part has, more pixels than a strip has."""
+    rng = np.random.default_rng(channels + width)
+    x = draw(rng, (3, width, channels), 0.3, 0, 4)
+    w = rng.choice(WEIGHTS[weights], (outputs, *kernel, channels)).astype(np.int8)
+    pad, around = rng.integers(0, 5, channels).astype(np.int16), (1, 1)
+    m, b = rng.integers(-MOST, MOST, outputs).astype(np.int32), rng.integers(-999, 999, outputs).astype(np.int32)
+    expected = ops.conv(x[None, None], w, (1, 1), around, 1, pad, m, 30, b)[0, 0]
+    conv = _kernels.OneConv(isa, "events", (3, width), w, (1, 1), around, 1, pad, m, 30, b, (0, 4))
+    out = np.empty_like(expected)
+    conv(x, (0, len(out)), None, out, [])
+    np.testing.assert_array_equal(out, expected)
