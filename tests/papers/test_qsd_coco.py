@@ -29,6 +29,10 @@ def test_recipe(name):
     quantized = {layer for layer, module in quantizable(model).items() if quantizer_of(module) is not None}
     if "small" in name or "overfit" in name:
         assert quantized == (set() if name.endswith("float") else set(quantizable(model)))
+        if "from_cifar" in name:
+            assert model.strides == (8, 16, 32)
+            with pytest.raises(RecipeError, match="starts from a network trained on CIFAR-10"):
+                recipe.objective(model, recipe, lambda *_: torch.zeros(()))
     else:
         assert quantized == {layer for layer in quantizable(model) if layer.startswith("dense.backbone.")}
         assert model.strides == ((4, 8, 16, 32, 64) if isinstance(model, MaskRCNN) else (8, 16, 32, 64, 128))

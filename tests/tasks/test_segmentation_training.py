@@ -145,3 +145,15 @@ def test_distillation_from_a_segmenter(data, tmp_path):
     result = train(RECIPE, data, tmp_path / "run", overrides={"epochs": "1", "distill_logits": "0.5",
                                                               "teacher": str(tmp_path / "teacher")})
     assert 0 <= result["test_miou"] <= 100
+
+
+def test_bfloat16_trains_and_float32_measures(data, tmp_path):
+    """accelerate casts in the model's forward for good; the evaluation within the training must not see that."""
+    last = train(RECIPE, data, tmp_path / "run", overrides={"precision": "bf16", "epochs": "1", "ema": "0"})
+    model, recipe = load_run(tmp_path / "run")
+    seen = []
+    model.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    again = evaluate(model, recipe, data)
+    assert set(seen) == {torch.float32}
+    assert again == evaluate(model, replace(recipe, precision="fp32"), data)
+    assert again["loss"] == pytest.approx(last["test_loss"], rel=1e-6)

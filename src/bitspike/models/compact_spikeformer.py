@@ -109,7 +109,8 @@ class CompactSpikeformer(nn.Module):
     Args: widths of the three groups; extra: residual convolutions per group; heads; attention: on or off (off leaves the
     block out); num_classes; time_steps; neuron: function that returns a new neuron; attention_scale: factor on
     q (k^T v), per channel of a head; the default keeps 49 tokens in the neuron's range; logit_scale: factor on the logits;
-    in_channels: 3, or 2 for event frames (then the stem is drawn at random).
+    in_channels: 3, or 2 for event frames (then the stem is drawn at random); stem_padding: 1 makes the maps half, a quarter and
+    an eighth as large as the picture exactly, as a pyramid on top of them needs (`retinanet`, `mask_rcnn`, `SemanticFPN`).
     Shapes: images [B, in_channels, H, W] (H, W from 26 to 33 give the final 3x3 map that is pooled) or sequences ->
     [B, classes].
 
@@ -120,12 +121,12 @@ class CompactSpikeformer(nn.Module):
     def __init__(self, widths: Sequence[int] = (64, 256, 256), extra: Sequence[int] = (1, 1, 1), heads: int = 8,
                  attention: bool = True, num_classes: int = 10, time_steps: int = 1,
                  neuron: NeuronFactory = partial(IELIF, 4, 2.0), stem_width: int = 24, attention_scale: float = 0.25,
-                 logit_scale: float = 0.25, in_channels: int = 3) -> None:
+                 logit_scale: float = 0.25, in_channels: int = 3, stem_padding: int = 0) -> None:
         super().__init__()
         if len(widths) != 3 or len(extra) != 3:
             raise ValueError(f"CompactSpikeformer: widths={tuple(widths)}, extra={tuple(extra)}; both need three numbers.")
         self.time_steps, self.logit_scale = time_steps, logit_scale
-        self.stem = ConvNorm(nn.Conv2d(in_channels, stem_width, 2, bias=False), _norm(stem_width))
+        self.stem = ConvNorm(nn.Conv2d(in_channels, stem_width, 2, padding=stem_padding, bias=False), _norm(stem_width))
         before = (stem_width, *widths[:2])
         self.groups = nn.ModuleList([Group(i, o, n, neuron) for i, o, n in zip(before, widths, extra, strict=True)])
         self.attention = SpikeAttention(widths[1], heads, attention_scale * heads / widths[1], neuron) if attention else None
@@ -154,10 +155,11 @@ class CompactSpikeformer(nn.Module):
 
 
 def compact(num_classes: int = 10, levels: int = 4, gain: float = 2.0, attention: bool = True,
-            widths: tuple[int, int, int] = (64, 256, 256), extra: tuple[int, int, int] = (1, 1, 1)) -> CompactSpikeformer:
-    """2.2 M weights, 131 M MACs at 32x32; IE-LIF neurons."""
+            widths: tuple[int, int, int] = (64, 256, 256), extra: tuple[int, int, int] = (1, 1, 1),
+            stem_padding: int = 0, attention_scale: float = 0.25) -> CompactSpikeformer:
+    """2.2 M weights, 131 M MACs at 32x32; IE-LIF neurons. For larger pictures see `CompactSpikeformer`'s last options."""
     return CompactSpikeformer(widths, extra, attention=attention, num_classes=num_classes,
-                              neuron=partial(IELIF, levels, gain))
+                              neuron=partial(IELIF, levels, gain), attention_scale=attention_scale, stem_padding=stem_padding)
 
 
 def compact_lif(num_classes: int = 10, time_steps: int = 4, attention: bool = True,
