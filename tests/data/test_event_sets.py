@@ -186,7 +186,8 @@ def test_cifar10_dvs_splits_by_name(tmp_path: Path):
     assert data.events == {"sensor": [128, 128], "layout": "cifar10-dvs", "window_us": None}
 
 
-def test_n_caltech101_zip_in_zip(tmp_path: Path):
+@pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_n_caltech101_zip_in_zip(packing: int, tmp_path: Path):
     folder = tmp_path / "n-caltech101"
     folder.mkdir()
     inner = io.BytesIO()
@@ -194,13 +195,24 @@ def test_n_caltech101_zip_in_zip(tmp_path: Path):
         for c in ("accordion", "airplanes"):
             for i in range(10):
                 archive.writestr(f"Caltech101/{c}/image_{i:04d}.bin", file(some(i, (180, 240)), "nmnist", tmp_path))
-    with zipfile.ZipFile(folder / "N-Caltech101-archive.zip", "w") as archive:
+    with zipfile.ZipFile(folder / "N-Caltech101-archive.zip", "w", packing) as archive:
         archive.writestr("Caltech101.zip", inner.getvalue())
+        archive.writestr("Caltech101_annotations.zip", b"PK\5\6" + bytes(18))
         archive.writestr("ReadMe.txt", "text")
     data = load("n_caltech101", tmp_path, Frames(2, (45, 60)))
     assert data.classes == ("accordion", "airplanes") and torch.bincount(data.test.labels).tolist() == [1, 1]
     again = load("n_caltech101", tmp_path, Frames(2, (45, 60)))
     assert again.hash == data.hash and data.train.images.sum() == 16 * 60
+    # one recording of an archive that is packed twice cannot be read without all before it
+    assert Store([folder / "N-Caltech101-archive.zip"]).fast == (packing == zipfile.ZIP_STORED)
+    changed = load("n_caltech101", tmp_path, Frames(2, (45, 60), augment="roll=0"))
+    assert torch.equal(changed.train.augmented(3, 0)[0], data.train.images[3])
+    # the publisher's archive unpacked, what is in it not
+    with zipfile.ZipFile(folder / "N-Caltech101-archive.zip") as archive:
+        archive.extractall(tmp_path / "unpacked" / "N-Caltech101-archive")
+    assert load("n_caltech101", tmp_path / "unpacked", Frames(2, (45, 60))).train.images.sum() == 16 * 60
+    with pytest.raises(DataError, match=r"get Caltech101\.zip or N-Caltech101-archive\.zip from .* and put it into .*n-caltech101,"):
+        load("n_caltech101", tmp_path / "nothing", FRAMES)
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -213,6 +225,15 @@ def test_folder_per_class(split: bool, tmp_path: Path):
     data = load("events_folder", tmp_path, Frames(3, (10, 12), "time"))
     assert data.classes == ("cat", "dog") and len(data.test) == (20 if split else 2)
     assert data.train.image(0).shape == (3, 2, 10, 12) and data.events["sensor"] == [34, 34]
+    (tmp_path / "extra" / "deep").mkdir(parents=True)
+    write(tmp_path / "extra" / "deep" / "1.npz", some(1), "npz")  # neither split nor class
+    assert load("events_folder", tmp_path, Frames(3, (10, 12), "time")).hash == data.hash
+    (tmp_path / "half" / "train" / "cat").mkdir(parents=True)
+    write(tmp_path / "half" / "train" / "cat" / "1.npz", some(1), "npz")
+    with pytest.raises(DataError, match=r"holds train/CLASS/recording alone; train and test are needed"):
+        load("events_folder", tmp_path / "half", FRAMES)
+    with pytest.raises(DataError, match="is no folder; expected CLASS/recording in it"):
+        load("events_folder", tmp_path / "none", FRAMES)
     (tmp_path / "lonely").mkdir()
     (tmp_path / "lonely" / "cat").mkdir()
     write(tmp_path / "lonely" / "cat" / "1.npy", some(1), "npy")

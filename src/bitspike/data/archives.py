@@ -25,6 +25,7 @@ class Store:
         self.places = tuple(places)
         self._where: dict[str, tuple[int, str]] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
+        self._packed_twice = False
         self._open: dict[tuple[int, int, str], zipfile.ZipFile] = {}
         for index, place in enumerate(self.places):
             for name, key, size, mark in self._list(index, place):
@@ -57,6 +58,7 @@ class Store:
             if member.is_dir() or Path(name).name.startswith(".") or name.startswith("__MACOSX/"):
                 continue
             if name.endswith(".zip") and not inner:
+                self._packed_twice |= member.compress_type != zipfile.ZIP_STORED
                 yield from self._list_zip(index, name, self._zip(index, name))
             else:
                 yield name, inner, member.file_size, member.CRC
@@ -113,7 +115,7 @@ class Store:
     @property
     def fast(self) -> bool:
         """False if reading one file may unpack the whole archive before it."""
-        return not any(place.is_file() and place.suffix != ".zip" for place in self.places)
+        return not self._packed_twice and not any(place.is_file() and place.suffix != ".zip" for place in self.places)
 
     def fingerprint(self, names: Iterable[str]) -> str:
         """sha256 over names, sizes, and CRC or time of change: another one as soon as a file may have changed."""

@@ -53,20 +53,26 @@ _MD5 = {
 
 
 # ------------------------------------------------------------------------------------------- where it lies
-def _store(data_dir: Path | str, folder: str, archives: Sequence[str], wanted: str, source: str) -> Store:
-    """What lies in data_dir/folder, or in data_dir itself: the archives if there are any, else the unpacked files."""
+def _store(data_dir: Path | str, folder: str, archives: Sequence[str], wanted: str, source: str, one_of: bool = False) -> Store:
+    """What lies in data_dir/folder, or in data_dir itself: the archives if there are any, else the unpacked files.
+
+    one_of: the first of the archives that is there holds everything.
+    """
     root = Path(data_dir)
     for place in (root / folder, root):
         found = [place / name for name in archives if (place / name).is_file()]
         if found:
+            found = found[:1] if one_of else found
             for archive in found:
                 _verified(archive)
             return Store(found)
         if place.is_dir() and any(re.search(wanted, p.relative_to(place).as_posix()) for p in place.rglob("*")):
             return Store([place])
-    state = "does not exist" if not root.is_dir() else f"holds neither {' nor '.join(archives[:2])} nor what is in them"
-    raise DataError(f"{root} {state}. Nothing is downloaded here: get {', '.join(archives)} from {source} and put "
-                    f"{'them' if len(archives) > 1 else 'it'} into {root / folder}, unpacked or not.")
+    names = [name for name in archives if "/" not in name]
+    state = "does not exist" if not root.is_dir() else f"holds neither {' nor '.join(names[:2])} nor what is in them"
+    raise DataError(f"{root} {state}. Nothing is downloaded here: get "
+                    f"{(' or ' if one_of else ', ').join(names)} from {source} and put "
+                    f"{'them' if len(names) > 1 and not one_of else 'it'} into {root / folder}, unpacked or not.")
 
 
 _seen: set[tuple[str, int, int]] = set()
@@ -188,8 +194,10 @@ def _by_folder(store: Store, names: Sequence[str], frames: Frames, sensor: tuple
 
 def n_caltech101(data_dir: Path | str, frames: Frames) -> Dataset:
     """N-Caltech101 (Orchard et al. 2015, Frontiers): 8,709 recordings of 100 objects and a background. Errors: DataError."""
-    store = _store(data_dir, "n-caltech101", ["Caltech101.zip", "N-Caltech101-archive.zip"], r"image_\d+\.bin$",
-                   "https://www.garrickorchard.com/datasets/n-caltech101")
+    # the publisher's archive holds the other one, which lies in a folder of its name when it is unpacked
+    store = _store(data_dir, "n-caltech101",
+                   ["Caltech101.zip", "N-Caltech101-archive.zip", "N-Caltech101-archive/Caltech101.zip"], r"image_\d+\.bin$",
+                   "https://www.garrickorchard.com/datasets/n-caltech101", one_of=True)
     names = [n for n in store.names if re.search(r"image_\d+\.bin$", n) and "annotation" not in n.lower()]
     _expect("n_caltech101", {"all": len(names)}, {"all": 8709})
     return _by_folder(store, names, frames, (180, 240), "n_caltech101", None)
@@ -240,9 +248,16 @@ def dvs128_objects(data_dir: Path | str, frames: Frames) -> Dataset:
 
 
 def events_folder(data_dir: Path | str, frames: Frames) -> Dataset:
-    """Recordings of any format in `data_dir`/[train|test/]CLASS/; all from one camera. Errors: DataError.
+    """Recordings of any format in `data_dir`/CLASS/, or in `data_dir`/train/CLASS/ and `data_dir`/test/CLASS/.
 
-    The sensor is what the first recording says, or the smallest that holds its events.
+    What is deeper or less deep is left alone, and so is every file whose name does not end as recordings do. With train and
+    test both there, they are the split, and a class folder beside them is none; else a tenth of each class tests, chosen by
+    the hash of its names. Classes are the folders' names in the order of the alphabet.
+
+    All recordings are from one camera: its sensor is what the first one says, or where that says nothing, the smallest that
+    holds the events of all. AEDAT 2.0 whose header does not name the chip is read as of a DVS128.
+
+    Errors: DataError for no folder, no recordings, one class, a recording that is damaged or does not fit the sensor.
     """
     root = Path(data_dir)
     places = [root] if root.is_dir() else []
@@ -251,8 +266,12 @@ def events_folder(data_dir: Path | str, frames: Frames) -> Dataset:
     store = Store(places)
     names = [n for n in store.names if n.lower().endswith(RECORDED)]
     parts = {PurePosixPath(n).parts[0].lower() for n in names if len(PurePosixPath(n).parts) == 3}
-    split = parts == {"train", "test"}
-    names = [n for n in names if len(PurePosixPath(n).parts) == (3 if split else 2)]
+    split = {"train", "test"} <= parts
+    if not split and parts & {"train", "test"}:
+        raise DataError(f"{root} holds {(parts & {'train', 'test'}).pop()}/CLASS/recording alone; train and test are needed, or "
+                        "CLASS/recording without either, of which a tenth tests.")
+    names = [n for n in names if (len(PurePosixPath(n).parts) == 3 and PurePosixPath(n).parts[0].lower() in ("train", "test")
+                                  if split else len(PurePosixPath(n).parts) == 2)]
     sensor = _sensor(store, names)
     return _by_folder(store, names, frames, sensor, "events_folder",
                       (lambda n: PurePosixPath(n).parts[0].lower() == "test") if split else None)
