@@ -211,7 +211,7 @@ def test_n_caltech101_zip_in_zip(packing: int, tmp_path: Path):
     with zipfile.ZipFile(folder / "N-Caltech101-archive.zip") as archive:
         archive.extractall(tmp_path / "unpacked" / "N-Caltech101-archive")
     assert load("n_caltech101", tmp_path / "unpacked", Frames(2, (45, 60))).train.images.sum() == 16 * 60
-    with pytest.raises(DataError, match=r"get Caltech101\.zip or N-Caltech101-archive\.zip from .* and put it into .*n-caltech101,"):
+    with pytest.raises(DataError, match=r"get Caltech101\.zip or N-Caltech101-archive\.zip from .* and put it into .*101,"):
         load("n_caltech101", tmp_path / "nothing", FRAMES)
 
 
@@ -230,7 +230,7 @@ def test_folder_per_class(split: bool, tmp_path: Path):
     assert load("events_folder", tmp_path, Frames(3, (10, 12), "time")).hash == data.hash
     (tmp_path / "half" / "train" / "cat").mkdir(parents=True)
     write(tmp_path / "half" / "train" / "cat" / "1.npz", some(1), "npz")
-    with pytest.raises(DataError, match=r"holds train/CLASS/recording alone; train and test are needed"):
+    with pytest.raises(DataError, match=r"holds train/CLASS/recording alone; both are needed"):
         load("events_folder", tmp_path / "half", FRAMES)
     with pytest.raises(DataError, match="is no folder; expected CLASS/recording in it"):
         load("events_folder", tmp_path / "none", FRAMES)

@@ -268,7 +268,7 @@ def events_folder(data_dir: Path | str, frames: Frames) -> Dataset:
     parts = {PurePosixPath(n).parts[0].lower() for n in names if len(PurePosixPath(n).parts) == 3}
     split = {"train", "test"} <= parts
     if not split and parts & {"train", "test"}:
-        raise DataError(f"{root} holds {(parts & {'train', 'test'}).pop()}/CLASS/recording alone; train and test are needed, or "
+        raise DataError(f"{root} holds {(parts & {'train', 'test'}).pop()}/CLASS/recording alone; both are needed, or "
                         "CLASS/recording without either, of which a tenth tests.")
     names = [n for n in names if (len(PurePosixPath(n).parts) == 3 and PurePosixPath(n).parts[0].lower() in ("train", "test")
                                   if split else len(PurePosixPath(n).parts) == 2)]
