@@ -239,6 +239,7 @@ struct Avx2 {
   static I32 not_(I32 a) { return _mm256_xor_si256(a, _mm256_set1_epi32(-1)); }
   static I32 and_(I32 a, I32 b) { return _mm256_and_si256(a, b); }
   static I32 select(I32 where, I32 a, I32 b) { return _mm256_blendv_epi8(b, a, where); }
+  static I32 gather(const uint32_t* p, I32 at) { return _mm256_i32gather_epi32(reinterpret_cast<const int*>(p), at, 4); }
   static I32 splat(int32_t v) { return _mm256_set1_epi32(v); }
   static I32 sub(I32 a, I32 b) { return _mm256_sub_epi32(a, b); }
   static I32 shift_left(I32 a, int n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(n)); }
@@ -270,8 +271,6 @@ double Avx2::spin_popcount(size_t rounds) {
 
 }  // namespace
 
-constexpr Kernels kernels_avx2 = kernels<Avx2>(
-    "avx2", {popcount_supported, popcount_packed_bytes<Avx2>, popcount_pack<Avx2>, popcount_scratch_bytes<Avx2>,
-             conv_popcount<Avx2>});
+constexpr Kernels kernels_avx2 = kernels<Avx2>("avx2", popcount_kernel<Avx2>());
 
 }  // namespace bitspike

@@ -153,6 +153,14 @@ struct Avx512 {
   static uint64_t plane(I32 codes, int p) { return _mm512_test_epi8_mask(codes, _mm512_set1_epi8(static_cast<char>(1 << p))); }
   static int32_t count_bits(uint64_t bits) { return static_cast<int32_t>(_mm_popcnt_u64(bits)); }
   static I32 broadcast32(const uint8_t* p) { return broadcast(p); }
+  // Without vpopcntd (avx512_popcount.cc): both halves of every byte are looked up, and their counts added by a dot product.
+  static I32 count_and(I32 acc, I32 codes, I32 weights) {
+    const __m512i v = _mm512_and_si512(codes, weights), low = _mm512_set1_epi8(15), one = _mm512_set1_epi8(1);
+    const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const __m512i half = _mm512_shuffle_epi8(table, _mm512_and_si512(v, low));
+    const __m512i other = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
+    return _mm512_dpbusd_epi32(acc, _mm512_add_epi8(half, other), one);
+  }
 
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   static I32 load_bytes(const int8_t* p) { return _mm512_loadu_si512(p); }
@@ -217,6 +225,7 @@ struct Avx512 {
   static I32 not_(I32 a) { return _mm512_xor_si512(a, _mm512_set1_epi32(-1)); }
   static I32 and_(I32 a, I32 b) { return _mm512_and_si512(a, b); }
   static I32 select(I32 where, I32 a, I32 b) { return _mm512_ternarylogic_epi32(where, a, b, 0xca); }
+  static I32 gather(const uint32_t* p, I32 at) { return _mm512_i32gather_epi32(at, p, 4); }
   static I32 splat(int32_t v) { return _mm512_set1_epi32(v); }
   static I32 sub(I32 a, I32 b) { return _mm512_sub_epi32(a, b); }
   static I32 shift_left(I32 a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }

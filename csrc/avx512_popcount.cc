@@ -1,6 +1,7 @@
 // The AVX-512 kernel that needs vpopcntd: 512 bits of AND, count and add in three instructions.
 #include "avx512.h"
 #include "bits.h"
+#include "maps.h"
 #include "spin.h"
 
 namespace bitspike {
@@ -13,6 +14,8 @@ struct Avx512Bits : Avx512 {
 };
 
 }  // namespace
+
+constexpr MapKernel maps_popcount_avx512 = map_kernel<Avx512Bits>();
 
 double spin_popcount_avx512(size_t rounds) {
   using I32 = Avx512::I32;

@@ -15,7 +15,8 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels.h"
+#include "bind.h"
+#include "memory.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -27,25 +28,8 @@ template <class T, size_t N>
 using In = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 template <class T, size_t N>
 using Out = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
-using Pair = std::pair<int, int>;
 // m (one number or one per channel), s, lo, hi, codes [H, W, C]
 using Codes = std::tuple<In<int32_t, 1>, int, int, int, Out<uint8_t, 3>>;
-
-struct alignas(64) Line {
-  char bytes[64];
-};
-using Memory = std::vector<Line>;
-void allocate(Memory& m, size_t bytes) { m.resize(bytes / sizeof(Line) + 1); }
-
-void require(bool ok, const char* what) {
-  if (!ok) throw nb::value_error(what);
-}
-
-const Kernels& set_named(const std::string& isa) {
-  const Kernels* k = find_kernels(isa.c_str());
-  require(k, "no such set of kernels on this machine");
-  return *k;
-}
 
 // Pointers of an epilogue on `rows` x `channels` numbers; nonzero must outlive it.
 Epilogue make_epilogue(size_t size, size_t channels, const std::optional<In<int32_t, 3>>& residual,
@@ -90,13 +74,13 @@ class OneConv {
     c.groups = groups, c.kind = lo < 0 ? Kind::s8 : Kind::u8, c.lo = lo, c.hi = hi, c.shift = shift;
     c.weight = weight.data(), c.m = m.data(), c.b = b.data(), c.pad_value = pad_value_.data();
     describe_weights(c);
-    const Kernels& k = set_named(isa);
+    const Kernels& k = kernels_named(isa);
     kernel_ = nullptr;
     for (int v = 0; v < kVariants; ++v)
       if (variant == variant_name(static_cast<Variant>(v))) kernel_ = &k.conv[v];
     require(kernel_, "no such variant");
     supported_ = kernel_->supported(c);
-    if (supported_) allocate(packed_, packed_bytes_ = kernel_->packed_bytes(c)), kernel_->pack(c, packed_.data());
+    if (supported_) kernel_->pack(c, packed_.get(packed_bytes_ = kernel_->packed_bytes(c)));
     c.weight = nullptr, c.m = c.b = nullptr;
   }
 
@@ -118,10 +102,10 @@ class OneConv {
     size_t nonzero[2] = {};
     const Epilogue e =
         make_epilogue(size_t(row1 - row0) * c.out_width * c.outputs, c.outputs, residual, out, codes, nonzero);
-    allocate(scratch_, kernel_->scratch_bytes(c, row1 - row0));
+    void* scratch = scratch_.get(kernel_->scratch_bytes(c, row1 - row0));
     {
       nb::gil_scoped_release release;
-      kernel_->run(c, packed_.data(), x.data(), row0, row1, e, scratch_.data());
+      kernel_->run(c, packed_.get(0), x.data(), row0, row1, e, scratch);
     }
     return {nonzero, nonzero + codes.size()};
   }
@@ -139,8 +123,54 @@ std::vector<size_t> finish(const std::string& isa, In<int32_t, 3> x, std::option
                            std::optional<Out<int32_t, 3>> out, std::vector<Codes> codes) {
   size_t nonzero[2] = {};
   const Epilogue e = make_epilogue(x.size(), x.shape(2), residual, out, codes, nonzero);
-  set_named(isa).finish(x.data(), x.shape(0) * x.shape(1), x.shape(2), e);
+  kernels_named(isa).finish(x.data(), x.shape(0) * x.shape(1), x.shape(2), e);
   return {nonzero, nonzero + codes.size()};
+}
+
+using Codes2 = In<uint8_t, 2>;
+
+// a, b: [tokens, heads * width]; y: rows [row0, row1) of the map, [rows, heads * side].
+void attention_map(const std::string& isa, bool over_channels, Codes2 a, Codes2 b, int heads, Pair rows, int m, int shift,
+                   Out<int32_t, 2> y) {
+  require(a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1) && heads > 0 && a.shape(1) % heads == 0, "bad operands");
+  check_shift(shift);
+  const Heads s{a.shape(0), size_t(heads), a.shape(1) / heads};
+  const size_t side = over_channels ? s.tokens : s.width;
+  require(rows.first >= 0 && rows.first < rows.second && size_t(rows.second) <= side, "bad rows");
+  require(y.shape(0) == size_t(rows.second - rows.first) && y.shape(1) == side * heads, "the output has the wrong shape");
+  const MapKernel& k = kernels_named(isa).maps;
+  Memory scratch;
+  k.map(s, over_channels, a.data(), b.data(), rows.first, rows.second, m, shift, y.data(),
+        scratch.get(k.map_scratch_bytes(s, over_channels, y.shape(0))));
+}
+
+// chosen: [side, heads * side]; x: [tokens, heads * width]; m: one per head; y: tokens [first, first + rows of y).
+void attention_read(const std::string& isa, bool over_tokens, Codes2 chosen, Codes2 x, int heads, int first,
+                    In<int32_t, 1> m, int shift, Out<int32_t, 2> y) {
+  require(heads > 0 && x.shape(1) % heads == 0 && m.size() == size_t(heads), "bad heads");
+  check_shift(shift);
+  const Heads s{x.shape(0), size_t(heads), x.shape(1) / heads};
+  const size_t side = over_tokens ? s.tokens : s.width;
+  require(chosen.shape(0) == side && chosen.shape(1) == side * heads, "the map has the wrong shape");
+  require(first >= 0 && y.shape(0) > 0 && first + y.shape(0) <= s.tokens && y.shape(1) == x.shape(1),
+          "the output has the wrong shape");
+  const MapKernel& k = kernels_named(isa).maps;
+  Memory scratch;
+  k.read(s, over_tokens, chosen.data(), x.data(), first, y.shape(0), m.data(), shift, y.data(),
+         scratch.get(k.read_scratch_bytes(s, over_tokens, y.shape(0))));
+}
+
+// x: [steps or 1, n]; table: empty for none; y: [steps, n]. Returns how many buckets the table has.
+size_t lif_packed(const std::string& isa, In<int32_t, 2> x, Pair decay, Pair gain, int threshold, const std::string& reset,
+                  bool strict, int amount, In<int32_t, 1> table, Out<uint8_t, 2> y) {
+  require((x.shape(0) == 1 || x.shape(0) == y.shape(0)) && x.shape(1) == y.shape(1) && x.size() > 0, "bad shapes");
+  PackedLif p{lif_of(decay, gain, threshold, reset, strict, int(y.shape(0))), amount, nullptr, 0, nullptr};
+  if (table.size() > 0) p.table = table.data(), p.entries = int(table.size());
+  std::vector<uint32_t> words(make_buckets(p.table, p.entries, nullptr, nullptr));
+  Buckets buckets;
+  if (!words.empty()) make_buckets(p.table, p.entries, words.data(), &buckets), p.buckets = &buckets;
+  kernels_named(isa).lif_packed(p, x.data(), x.shape(1), x.shape(0) == 1 ? 0 : x.shape(1), y.data(), y.shape(1));
+  return words.size();
 }
 
 }  // namespace
@@ -158,6 +188,12 @@ void bind_kernels(nb::module_& m) {
            "out"_a.noconvert().none(), "codes"_a);
   m.def("finish", &finish, "isa"_a, "x"_a.noconvert(), "residual"_a.noconvert().none(), "out"_a.noconvert().none(),
         "codes"_a);
+  m.def("attention_map", &attention_map, "isa"_a, "over_channels"_a, "a"_a.noconvert(), "b"_a.noconvert(), "heads"_a,
+        "rows"_a, "m"_a, "s"_a, "y"_a.noconvert());
+  m.def("attention_read", &attention_read, "isa"_a, "over_tokens"_a, "chosen"_a.noconvert(), "x"_a.noconvert(), "heads"_a,
+        "first"_a, "m"_a.noconvert(), "s"_a, "y"_a.noconvert());
+  m.def("lif_packed", &lif_packed, "isa"_a, "x"_a.noconvert(), "decay"_a, "gain"_a, "threshold"_a, "reset"_a, "strict"_a,
+        "amount"_a, "table"_a.noconvert(), "y"_a.noconvert());
   m.def("variants", [] {
     std::vector<std::string> names;
     for (int v = 0; v < kVariants; ++v) names.push_back(variant_name(static_cast<Variant>(v)));
@@ -166,7 +202,7 @@ void bind_kernels(nb::module_& m) {
   m.def(
       "spin_macs",
       [](const std::string& isa, const std::string& what, double seconds) {
-        const Kernels& k = set_named(isa);
+        const Kernels& k = kernels_named(isa);
         require(k.spin, "this set has no such measurement");
         const Spin kind = what == "popcount" ? Spin::popcount : what == "add" ? Spin::add : Spin::dot;
         using Clock = std::chrono::steady_clock;

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "bind.h"
 #include "plan.h"
 
 namespace nb = nanobind;
@@ -22,19 +23,14 @@ namespace {
 
 template <class T, size_t N>
 using Array = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
-using Pair = std::pair<int, int>;
 using Numbers = Array<int32_t, 1>;
 using Quantize = std::tuple<int, Numbers, int, int, int>;  // value, m, s, lo, hi
-
-void require(bool ok, const char* what) {
-  if (!ok) throw nb::value_error(what);
-}
 
 std::vector<int32_t> copy(const Numbers& x) { return {x.data(), x.data() + x.size()}; }
 
 class Builder {
  public:
-  explicit Builder(const std::string& isa) : kernels_(find(isa)), plan_(kernels_) {}
+  explicit Builder(const std::string& isa) : kernels_(kernels_named(isa)), plan_(kernels_) {}
 
   int value(const std::string& kind, const std::string& where, Pair steps_channels, Pair size, size_t offset) {
     using Where = Value::Where;
@@ -104,7 +100,7 @@ class Builder {
                   Numbers table, int y) {
     require(at(x).kind == Kind::i32, "a neuron reads potentials");
     same(x, y, Kind::u8);
-    plan_.lif_packed(x, {lif_of(decay, gain, threshold, reset, strict, at(y).steps), amount, nullptr, 0}, copy(table), y);
+    plan_.lif_packed(x, {lif_of(decay, gain, threshold, reset, strict, at(y).steps), amount, nullptr, 0, nullptr}, copy(table), y);
   }
 
   void attention_map(int a, int b, bool over_channels, int heads, int m, int shift, int y) {
@@ -258,22 +254,6 @@ class Builder {
   size_t packed_bytes() const { return plan_.packed_bytes(); }
 
  private:
-  static const Kernels& find(const std::string& isa) {
-    const Kernels* k = find_kernels(isa.c_str());
-    if (!k) throw nb::value_error(("no kernels '" + isa + "' in this build or for this CPU").c_str());
-    return *k;
-  }
-
-  static Lif lif_of(Pair decay, Pair gain, int threshold, const std::string& reset, bool strict, int steps) {
-    require(reset == "hard" || reset == "soft" || reset == "none", "reset must be 'hard', 'soft' or 'none'");
-    for (const int s : {decay.second, gain.second}) require(s >= 0 && s <= 62, "shifts must be 0..62");
-    const Lif::Reset r = reset == "hard" ? Lif::Reset::hard : reset == "soft" ? Lif::Reset::soft : Lif::Reset::none;
-    Lif p{};
-    p.decay_m = decay.first, p.gain_m = gain.first, p.threshold = threshold, p.decay_s = decay.second;
-    p.gain_s = gain.second, p.reset = r, p.strict = strict, p.steps = steps;
-    return p;
-  }
-
   bool whole(int i) const { return at(i).where != Value::Where::tile; }
 
   const Value& at(int i) const {

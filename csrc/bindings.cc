@@ -10,8 +10,10 @@
 #include <utility>
 #include <vector>
 
+#include "bind.h"
 #include "codes.h"
 #include "drive.h"
+#include "memory.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -23,11 +25,6 @@ using In = nb::ndarray<nb::ro, nb::ndim<5>, nb::c_contig, nb::device::cpu>;
 using Out = nb::ndarray<nb::ndim<5>, nb::c_contig, nb::device::cpu>;
 template <class T, size_t N>
 using Const = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
-using Pair = std::pair<int, int>;
-
-void require(bool ok, const char* what) {
-  if (!ok) throw nb::value_error(what);
-}
 
 template <class Array>
 Kind kind_of(const Array& x) {
@@ -51,14 +48,6 @@ size_t size(const Array& x, size_t from, size_t to) {
   return n;
 }
 
-const Kernels& kernels(const std::string& name) {
-  const Kernels* k = find_kernels(name.c_str());
-  if (!k) throw nb::value_error(("no kernels '" + name + "' in this build or for this CPU").c_str());
-  return *k;
-}
-
-void check_shift(int s) { require(s >= 0 && s <= 62, "shifts must be 0..62"); }
-
 int window_count(size_t size, int kernel, int stride, int pad) {
   const long long span = static_cast<long long>(size) + 2LL * pad - kernel;
   require(span >= 0, "the kernel is larger than the padded image");
@@ -76,7 +65,7 @@ class PreparedConv {
  public:
   PreparedConv(const std::string& isa, Const<int8_t, 4> weight, Pair stride, Pair pad, int groups,
                Const<int16_t, 1> pad_value, Const<int32_t, 1> m, int shift, Const<int32_t, 1> b, bool is_signed)
-      : kernels_(kernels(isa)),
+      : kernels_(kernels_named(isa)),
         weight_(weight.data(), weight.data() + weight.size()),
         pad_value_(pad_value.data(), pad_value.data() + pad_value.size()),
         m_(m.data(), m.data() + m.size()),
@@ -103,8 +92,7 @@ class PreparedConv {
     conv_.lo = lo, conv_.hi = hi;
     describe_weights(conv_);
     const ConvKernel& kernel = kernels_.conv[static_cast<int>(Variant::dense)];
-    packed_.resize((kernel.packed_bytes(conv_) + 63) / 64);
-    kernel.pack(conv_, packed_.data());
+    kernel.pack(conv_, packed_.get(kernel.packed_bytes(conv_)));
     std::vector<int8_t>().swap(weight_);
     conv_.weight = nullptr;
   }
@@ -123,7 +111,7 @@ class PreparedConv {
                 y.shape(3) == size_t(c.out_width) && y.shape(4) == size_t(c.outputs),
             "the output has the wrong shape");
     nb::gil_scoped_release release;
-    conv_images(kernels_, c, packed_.data(), x.data(), size(x, 0, 2), static_cast<int32_t*>(y.data()), threads);
+    conv_images(kernels_, c, packed_.get(0), x.data(), size(x, 0, 2), static_cast<int32_t*>(y.data()), threads);
   }
 
  private:
@@ -131,10 +119,7 @@ class PreparedConv {
   std::vector<int8_t> weight_;
   std::vector<int16_t> pad_value_;
   std::vector<int32_t> m_, b_;
-  struct alignas(64) Line {
-    char bytes[64];
-  };
-  std::vector<Line> packed_;
+  mutable Memory packed_;
   Conv conv_{};
 };
 
@@ -145,7 +130,7 @@ void quantize(const std::string& isa, In x, Const<int32_t, 1> m, int shift, int 
   require(m.size() == 1 || m.size() == x.shape(4), "m must have 1 number or one per channel");
   require(lo <= hi && lo >= (kind == Kind::s8 ? -128 : 0) && hi <= (kind == Kind::s8 ? 127 : 255), "lo..hi is wrong");
   check_shift(shift);
-  const Kernels& k = kernels(isa);
+  const Kernels& k = kernels_named(isa);
   nb::gil_scoped_release release;
   quantize_pixels(k, static_cast<const int32_t*>(x.data()), size(x, 0, 4), x.shape(4), m.data(), m.size() > 1, shift,
                   lo, hi, kind == Kind::s8, y.data(), threads);
@@ -158,7 +143,7 @@ void affine(const std::string& isa, In x, Const<int32_t, 1> m, int shift, Const<
   require(m.size() == b.size() && (m.size() == 1 || m.size() == x.shape(4)),
           "m and b must both have 1 number or one per channel");
   check_shift(shift);
-  const Kernels& k = kernels(isa);
+  const Kernels& k = kernels_named(isa);
   nb::gil_scoped_release release;
   affine_pixels(k, kind, x.data(), size(x, 0, 4), x.shape(4), m.data(), b.data(), m.size() > 1, shift,
                 static_cast<int32_t*>(y.data()), threads);
@@ -174,7 +159,7 @@ void add(const std::string& isa, In a, In b, Out y, int threads) {
   const int32_t* pa = static_cast<const int32_t*>(a.data());
   const int32_t* pb = static_cast<const int32_t*>(b.data());
   int32_t* py = static_cast<int32_t*>(y.data());
-  const Kernels& k = kernels(isa);
+  const Kernels& k = kernels_named(isa);
   nb::gil_scoped_release release;
   if (!repeat_a && !repeat_b) return add_values(k, pa, pb, steps * step, py, threads);
   for (size_t t = 0; t < steps; ++t)
@@ -194,7 +179,7 @@ void maxpool(const std::string& isa, In x, Pair kernel, Pair stride, Pair pad, O
   require(y.shape(0) == x.shape(0) && y.shape(1) == x.shape(1) && y.shape(2) == size_t(p.out_height) &&
               y.shape(3) == size_t(p.out_width) && y.shape(4) == x.shape(4),
           "the output has the wrong shape");
-  const Kernels& k = kernels(isa);
+  const Kernels& k = kernels_named(isa);
   nb::gil_scoped_release release;
   maxpool_images(k, p, x.data(), size(x, 0, 2), y.data(), threads);
 }
@@ -211,7 +196,7 @@ void attention(const std::string& isa, In q, In k, In v, int heads, int m, int s
   const auto at = [&](const In& x, size_t t) {
     return static_cast<const uint8_t*>(x.data()) + (x.shape(0) == 1 ? 0 : t * step);
   };
-  const Kernels& kernel = kernels(isa);
+  const Kernels& kernel = kernels_named(isa);
   nb::gil_scoped_release release;
   if (q.shape(0) == steps && k.shape(0) == steps && v.shape(0) == steps)
     return attention_images(kernel, a, heads, at(q, 0), at(k, 0), at(v, 0), steps * y.shape(1),
@@ -230,7 +215,7 @@ void mean(const std::string& isa, In x, bool over_time, int m, Out y, int thread
           "the output has the wrong shape");
   require(x.shape(0) > 0 && size(x, 2, 4) > 0, "there is nothing to average");
   int32_t* to = static_cast<int32_t*>(y.data());
-  const Kernels& k = kernels(isa);
+  const Kernels& k = kernels_named(isa);
   nb::gil_scoped_release release;
   if (over_time) mean_time(k, kind, x.data(), x.shape(0), size(x, 1, 5), m, to, threads);
   else mean_space(k, kind, x.data(), size(x, 0, 2), size(x, 2, 4), x.shape(4), m, to, threads);
@@ -245,18 +230,8 @@ void check_neuron(const In& x, const Out& y) {
 void lif(const std::string& isa, In x, Pair decay, Pair gain, int threshold, const std::string& reset, bool strict,
          Out y, int threads) {
   check_neuron(x, y);
-  check_shift(decay.second);
-  check_shift(gain.second);
-  require(reset == "hard" || reset == "soft" || reset == "none", "reset must be 'hard', 'soft' or 'none'");
-  const Lif p{decay.first,
-              gain.first,
-              threshold,
-              decay.second,
-              gain.second,
-              reset == "hard" ? Lif::Reset::hard : reset == "soft" ? Lif::Reset::soft : Lif::Reset::none,
-              strict,
-              int(y.shape(0))};
-  const Kernels& k = kernels(isa);
+  const Lif p = lif_of(decay, gain, threshold, reset, strict, int(y.shape(0)));
+  const Kernels& k = kernels_named(isa);
   nb::gil_scoped_release release;
   lif_steps(k, p, static_cast<const int32_t*>(x.data()), x.shape(0), size(y, 1, 5), static_cast<uint8_t*>(y.data()),
             threads);
@@ -268,7 +243,7 @@ void ielif(const std::string& isa, In x, int levels, Pair decay, int fraction_bi
   require(levels >= 1 && levels <= 255, "levels must be 1..255");
   require(fraction_bits >= 0 && fraction_bits <= 30, "fraction_bits must be 0..30");
   const IeLif p{decay.first, decay.second, levels, fraction_bits, int(y.shape(0))};
-  const Kernels& k = kernels(isa);
+  const Kernels& k = kernels_named(isa);
   nb::gil_scoped_release release;
   ielif_steps(k, p, static_cast<const int32_t*>(x.data()), x.shape(0), size(y, 1, 5), static_cast<uint8_t*>(y.data()),
               threads);
@@ -278,7 +253,7 @@ void lookup(const std::string& isa, In x, Const<int8_t, 2> table, Out y, int thr
   require(kind_of(x) == Kind::u8 && kind_of(y) == Kind::s8, "lookup goes from uint8 to int8");
   require(same_shape(x, y), "x and y must have the same shape");
   require(table.shape(0) == x.shape(4) && table.shape(1) == 256, "the table must be [C, 256]");
-  const Kernels& k = kernels(isa);
+  const Kernels& k = kernels_named(isa);
   nb::gil_scoped_release release;
   lookup_pixels(k, static_cast<const uint8_t*>(x.data()), size(x, 0, 4), x.shape(4), table.data(),
                 static_cast<int8_t*>(y.data()), threads);

@@ -191,5 +191,10 @@ void conv_popcount(const Conv& c, const void* packed, const void* image, int row
   count_nonzero<V>(e, static_cast<size_t>(pixels) * c.outputs);
 }
 
+template <class V>
+constexpr ConvKernel popcount_kernel() {
+  return {popcount_supported, popcount_packed_bytes<V>, popcount_pack<V>, popcount_scratch_bytes<V>, conv_popcount<V>};
+}
+
 }  // namespace
 }  // namespace bitspike

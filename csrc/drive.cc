@@ -1,8 +1,8 @@
 #include "drive.h"
 
 #include <algorithm>
-#include <memory>
 
+#include "memory.h"
 #include "pool.h"
 
 namespace bitspike {
@@ -12,16 +12,8 @@ constexpr size_t kPiece = 1 << 14;  // elements of a cheap operation worth handi
 
 // Kept between calls: fresh pages for every convolution would cost more than a small one.
 void* scratch(size_t bytes) {
-  thread_local std::unique_ptr<char[]> memory;
-  thread_local size_t size = 0;
-  constexpr size_t kAlign = 64;
-  if (bytes > size) {
-    memory.reset();
-    size = 0;
-    memory.reset(new char[bytes + kAlign]);
-    size = bytes;
-  }
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + kAlign - 1) / kAlign * kAlign);
+  thread_local Memory memory;
+  return memory.get(bytes);
 }
 
 // Calls piece(first, count) on pieces of [0, total) of at least `least` elements.

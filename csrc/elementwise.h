@@ -2,6 +2,8 @@
 // which has this file's instruction set too; where it would lose (int64 products, saturation) primitives are used.
 #pragma once
 #include "events.h"
+#include "maps.h"
+#include "neurons.h"
 #include "shifts.h"
 #include "spin.h"
 #include "tiles.h"
@@ -132,64 +134,9 @@ void attention(const Attention& a, const uint8_t* q, const uint8_t* k, const uin
   }
 }
 
-constexpr int kCountedEntries = 63;  // of a table of potentials: more are sooner searched than compared with all
-
-// The steps of a few neurons at a time: their potentials stay in registers.
-template <class V>
-void lif_packed(const PackedLif& packed, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
-  using I32 = typename V::I32;
-  if (packed.table && packed.entries > kCountedEntries) return scalar_lif_packed(packed, x, count, x_stride, y, y_stride);
-  const Lif& p = packed.lif;
-  const typename V::Factor decay(int64_t{p.decay_m}), gain(int64_t{p.gain_m}), one(int64_t{1});
-  const typename V::Factor minus_amount(-int64_t{packed.amount});
-  const typename V::Scale decay_scale(p.decay_s), gain_scale(p.gain_s), unit(0);
-  const I32 threshold = V::splat(p.threshold), all = V::splat(packed.entries - packed.entries / 2);
-  for (size_t i = 0; i < count; i += V::kLanes) {
-    const int lanes = count - i < V::kLanes ? static_cast<int>(count - i) : V::kLanes;
-    I32 v = V::zero();
-    for (int t = 0; t < p.steps; ++t) {
-      const typename V::Factor drive = V::shifted(V::load(x + t * x_stride + i, lanes), gain, gain_scale);
-      const I32 h = V::requant(v, decay, drive, decay_scale);
-      const I32 spike = p.strict ? V::more(h, threshold) : V::not_(V::more(threshold, h));
-      V::store_codes(y + t * y_stride + i, V::and_(spike, V::splat(1)), lanes);
-      v = h;
-      if (p.reset == Lif::Reset::hard) v = V::select(spike, V::zero(), h);
-      if (p.reset == Lif::Reset::soft) v = V::select(spike, V::requant(h, one, minus_amount, unit), h);
-      if (packed.table) {
-        I32 code = all;
-        for (int e = 0; e < packed.entries; ++e) code = V::add(code, V::more(V::splat(packed.table[e]), v));  // -1 if above
-        v = code;
-      }
-    }
-  }
-}
-
-template <class V>
-void lif(const Lif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
-  lif_packed<V>({p, p.threshold, nullptr, 0}, x, count, x_stride, y, y_stride);
-}
-
-template <class V>
-void ielif(const IeLif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
-  using I32 = typename V::I32;
-  const typename V::Factor decay(int64_t{p.decay_m}), one(int64_t{1}), zero(int64_t{0});
-  const typename V::Scale decay_scale(p.decay_s), fraction(p.fraction_bits);
-  for (size_t i = 0; i < count; i += V::kLanes) {
-    const int lanes = count - i < V::kLanes ? static_cast<int>(count - i) : V::kLanes;
-    I32 v = V::zero();
-    for (int t = 0; t < p.steps; ++t) {
-      const I32 u = V::add_saturating(v, V::load(x + t * x_stride + i, lanes));
-      const I32 n = V::clip(V::requant(u, one, zero, fraction), 0, p.levels);
-      V::store_codes(y + t * y_stride + i, n, lanes);
-      // n << F may wrap, the difference does not: n is u rounded or less, so it lies in -2^(F-1) .. u.
-      v = V::requant(V::sub(u, V::shift_left(n, p.fraction_bits)), decay, zero, decay_scale);
-    }
-  }
-}
-
 // mean and lookup have no vector version: they are a small part of every network.
 template <class V>
-constexpr Kernels kernels(const char* name, ConvKernel popcount) {
+constexpr Kernels kernels(const char* name, ConvKernel popcount, MapKernel maps = map_kernel<V>()) {
   return {name,
           {dense_kernel<V>(),
            narrow_kernel<V>(),
@@ -203,6 +150,7 @@ constexpr Kernels kernels(const char* name, ConvKernel popcount) {
           maxpool,
           attention_scratch_bytes<V>,
           attention<V>,
+          maps,
           scalar_mean,
           lif<V>,
           lif_packed<V>,

@@ -103,6 +103,23 @@ struct Attention {
   int shift;
 };
 
+// One image and time step of attention by maps of spikes or counts; arrays are [tokens, heads * width], a map is [rows, heads,
+// side]. Largest sums: see docs/format.md; all are below 2^31.
+struct Heads {
+  size_t tokens, heads, width;
+};
+
+struct MapKernel {
+  // y: rows [row0, row1) of a map. over_channels: side and rows are tokens, a = q, b = k; else channels of a head, a = v.
+  size_t (*map_scratch_bytes)(const Heads&, bool over_channels, size_t rows);
+  void (*map)(const Heads&, bool over_channels, const uint8_t* a, const uint8_t* b, size_t row0, size_t row1, int32_t m,
+              int shift, int32_t* y, void* scratch);
+  // y: tokens [first, first + count), [count, heads * width]. m: one number per head.
+  size_t (*read_scratch_bytes)(const Heads&, bool over_tokens, size_t count);
+  void (*read)(const Heads&, bool over_tokens, const uint8_t* chosen, const uint8_t* x, size_t first, size_t count,
+               const int32_t* m, int shift, int32_t* y, void* scratch);
+};
+
 struct Lif {
   int32_t decay_m, gain_m, threshold;
   int decay_s, gain_s;
@@ -111,6 +128,21 @@ struct Lif {
   int steps;
 };
 
+// A table of potentials for searching: the line from `first` to `last` cut into buckets of 2^shift potentials, none of which
+// holds two entries. A word: how many entries lie before the bucket, above kOffsetBits; below, how far into the bucket its
+// own entry lies, or kNone.
+struct Buckets {
+  static constexpr int kOffsetBits = 24, kMost = 4096;
+  static constexpr int32_t kNone = (1 << kOffsetBits) - 1;
+  const uint32_t* words;
+  int32_t first, last;
+  int shift;
+};
+
+// How many words the buckets of a sorted table have; 0 if it has none: too long a line for its narrowest gap. What it gives
+// for `words` of nullptr; else it fills them and `buckets`.
+size_t make_buckets(const int32_t* table, int entries, uint32_t* words, Buckets* buckets);
+
 // lif with a soft reset by `amount`; with a table ([entries], sorted) the potential is a code between steps: the number of
 // entries that are not above it, less entries / 2.
 struct PackedLif {
@@ -118,6 +150,7 @@ struct PackedLif {
   int32_t amount;
   const int32_t* table;  // nullptr: the potential itself is kept
   int entries;
+  const Buckets* buckets;  // of the table, or nullptr
 };
 
 struct IeLif {
@@ -147,6 +180,7 @@ struct Kernels {
   void (*maxpool)(const Pool&, const void* image, int row0, int row1, void* out);
   size_t (*attention_scratch_bytes)(const Attention&);
   void (*attention)(const Attention&, const uint8_t* q, const uint8_t* k, const uint8_t* v, int32_t* y, void* scratch);
+  MapKernel maps;
   // y[c] = sat32(floor((2 m sum_n x[n, c] + n) / (2 n))); rows are row_stride elements apart; 2 |m| |sum| + n < 2^63.
   void (*mean)(Kind kind, const void* x, size_t rows, size_t columns, size_t row_stride, int32_t m, int32_t* y);
   // Element i of step t is x[t * x_stride + i]; y[t * y_stride + i]. x_stride = 0 repeats one step.
@@ -185,6 +219,7 @@ void popcount_pack_avx512(const Conv&, void* packed);
 size_t popcount_scratch_bytes_avx512(const Conv&, int rows);
 void conv_popcount_avx512(const Conv&, const void* packed, const void* image, int row0, int row1, const Epilogue&,
                           void* scratch);
+extern const MapKernel maps_popcount_avx512;
 double spin_popcount_avx512(size_t rounds);
 bool cpu_has_avx512_popcount();  // dispatch.cc
 

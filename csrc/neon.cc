@@ -2,13 +2,7 @@
 #include "neon.h"
 
 namespace bitspike {
-namespace {
 
-constexpr ConvKernel kPopcount = {popcount_supported, popcount_packed_bytes<Neon<false>>, popcount_pack<Neon<false>>,
-                                  popcount_scratch_bytes<Neon<false>>, conv_popcount<Neon<false>>};
-
-}  // namespace
-
-constexpr Kernels kernels_neon = kernels<Neon<false>>("neon", kPopcount);
+constexpr Kernels kernels_neon = kernels<Neon<false>>("neon", popcount_kernel<Neon<false>>());
 
 }  // namespace bitspike

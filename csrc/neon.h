@@ -175,6 +175,11 @@ struct Neon : NeonCodes<kDot> {
   static I32 and_(I32 a, I32 b) { return vandq_s32(a, b); }
   static I32 or_(I32 a, I32 b) { return vorrq_s32(a, b); }
   static I32 select(I32 where, I32 a, I32 b) { return vbslq_s32(vreinterpretq_u32_s32(where), a, b); }
+  static I32 gather(const uint32_t* p, I32 at) {
+    const uint32_t found[kLanes] = {p[vgetq_lane_s32(at, 0)], p[vgetq_lane_s32(at, 1)], p[vgetq_lane_s32(at, 2)],
+                                    p[vgetq_lane_s32(at, 3)]};
+    return vreinterpretq_s32_u32(vld1q_u32(found));
+  }
   static I32 splat(int32_t v) { return vdupq_n_s32(v); }
 
   static size_t count_nonzero(const uint8_t* p, size_t n) {

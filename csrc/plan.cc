@@ -10,9 +10,6 @@
 
 #include "choice.h"
 #include "pool.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace bitspike {
 namespace {
@@ -20,7 +17,6 @@ namespace {
 constexpr size_t kTileBytes = 512 << 10;   // what a tile reads and writes: half of a second-level cache
 constexpr size_t kGroupBytes = 512 << 10;  // arena of a group: images are taken together while they fit
 constexpr size_t kMostImages = 64;         // in a group
-constexpr size_t kHugePage = 2 << 20;
 constexpr float kForget = 0.25f;           // share of the newest call in the moving density
 
 size_t rounded(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
@@ -46,27 +42,6 @@ void look(const char* codes, size_t count, Sample& s) {
 void blend(float& average, float found) { average = average < 0 ? found : (1 - kForget) * average + kForget * found; }
 
 }  // namespace
-
-Memory::~Memory() { std::free(data_); }
-
-char* Memory::get(size_t bytes) {
-  if (bytes <= size_) return data_;
-  std::free(data_);
-  data_ = nullptr;
-  size_ = 0;
-  const size_t unit = bytes >= 2 * kHugePage ? kHugePage : 64, size = rounded(bytes, unit);
-#ifdef _WIN32
-  data_ = static_cast<char*>(_aligned_malloc(size, unit));
-#else
-  data_ = static_cast<char*>(std::aligned_alloc(unit, size));
-#endif
-  if (!data_) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (unit == kHugePage) madvise(data_, size, MADV_HUGEPAGE);  // a wish: fewer pages to fault in and to look up
-#endif
-  size_ = size;
-  return data_;
-}
 
 struct Plan::Stage {
   int height, width, parts;  // parts: 0 for flat

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "memory.h"
 #include "spiking.h"
 
 namespace bitspike {
@@ -31,21 +32,6 @@ struct Value {
 
   size_t positions() const { return static_cast<size_t>(height) * width; }
   size_t position_bytes() const { return channels * bytes_of(kind); }
-};
-
-// 64-byte aligned memory that only grows, and forgets what it held when it does.
-class Memory {
- public:
-  ~Memory();
-  Memory() = default;
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  char* get(size_t bytes);
-  size_t size() const { return size_; }
-
- private:
-  char* data_ = nullptr;
-  size_t size_ = 0;
 };
 
 // Positions [first, first + count) of one time step of a group, numbered [image, row, column]; rows [row0, row1) of

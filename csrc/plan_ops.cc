@@ -58,10 +58,21 @@ void Plan::ielif(int x, const IeLif& p, int y) {
 }
 
 void Plan::lif_packed(int x, const PackedLif& given, std::vector<int32_t> table, int y) {
-  neuron(x, y, [this, given, table](const int32_t* from, size_t count, size_t step, uint8_t* to, size_t out_step) {
-    PackedLif p = given;
-    p.table = table.empty() ? nullptr : table.data(), p.entries = static_cast<int>(table.size());
-    kernels_.lif_packed(p, from, count, step, to, out_step);
+  struct Kept {
+    std::vector<int32_t> table;
+    std::vector<uint32_t> words;
+    Buckets buckets;
+    PackedLif p;
+  };
+  const auto kept = std::make_shared<Kept>(Kept{std::move(table), {}, {}, given});
+  PackedLif& p = kept->p;
+  p.table = kept->table.empty() ? nullptr : kept->table.data(), p.entries = static_cast<int>(kept->table.size());
+  kept->words.resize(make_buckets(p.table, p.entries, nullptr, nullptr));
+  p.buckets = make_buckets(p.table, p.entries, kept->words.empty() ? nullptr : kept->words.data(), &kept->buckets)
+                  ? &kept->buckets
+                  : nullptr;
+  neuron(x, y, [this, kept](const int32_t* from, size_t count, size_t step, uint8_t* to, size_t out_step) {
+    kernels_.lif_packed(kept->p, from, count, step, to, out_step);
   });
 }
 
@@ -107,10 +118,11 @@ void Plan::attention_map(int a, int b, bool over_channels, int heads, int32_t m,
   const Value& v = values_[a];
   const Heads size{v.positions(), static_cast<size_t>(heads), static_cast<size_t>(v.channels / heads)};
   const auto run = [this, a, b, over_channels, m, shift, y, size](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    void* scratch = s.kernel.get(kernels_.maps.map_scratch_bytes(size, over_channels, tile.row1 - tile.row0));
     for (int t = 0; t < values_[y].steps; ++t)
-      bitspike::attention_map(size, over_channels, reinterpret_cast<uint8_t*>(image(values_[a], g, tile.image, t)),
-                              reinterpret_cast<uint8_t*>(image(values_[b], g, tile.image, t)), tile.row0, tile.row1, m, shift,
-                              reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, t)));
+      kernels_.maps.map(size, over_channels, reinterpret_cast<uint8_t*>(image(values_[a], g, tile.image, t)),
+                        reinterpret_cast<uint8_t*>(image(values_[b], g, tile.image, t)), tile.row0, tile.row1, m, shift,
+                        reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, t)), scratch);
   };
   add(run, {a, b, y});
 }
@@ -120,11 +132,12 @@ void Plan::attention_read(int chosen, int x, bool over_tokens, int heads, std::v
   const Heads size{v.positions(), static_cast<size_t>(heads), static_cast<size_t>(v.channels / heads)};
   const auto run = [=](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
     const size_t first = static_cast<size_t>(tile.row0) * values_[y].width;
+    void* scratch = s.kernel.get(kernels_.maps.read_scratch_bytes(size, over_tokens, tile.count));
     for (int t = 0; t < values_[y].steps; ++t)
-      bitspike::attention_read(size, over_tokens, reinterpret_cast<uint8_t*>(image(values_[chosen], g, tile.image, t)),
-                               reinterpret_cast<uint8_t*>(image(values_[x], g, tile.image, t)), first, tile.count,
-                               m.data() + (m.size() > size.heads ? t * size.heads : 0), shift,
-                               reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, t)));
+      kernels_.maps.read(size, over_tokens, reinterpret_cast<uint8_t*>(image(values_[chosen], g, tile.image, t)),
+                         reinterpret_cast<uint8_t*>(image(values_[x], g, tile.image, t)), first, tile.count,
+                         m.data() + (m.size() > size.heads ? t * size.heads : 0), shift,
+                         reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, t)), scratch);
   };
   add(run, {chosen, x, y});
 }

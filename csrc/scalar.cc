@@ -1,16 +1,11 @@
 // The compiled definition of correct. No cleverness here: loops in the order of the equations.
 #include <string.h>
 
+#include "integers.h"
 #include "kernels.h"
 
 namespace bitspike {
 namespace {
-
-int64_t rshift(int64_t x, int s) { return s > 0 ? (x + (int64_t{1} << (s - 1))) >> s : x; }
-
-int64_t clip(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : x > hi ? hi : x; }
-
-int32_t sat32(int64_t x) { return static_cast<int32_t>(clip(x, INT32_MIN, INT32_MAX)); }
 
 int32_t value(Kind kind, const void* x, size_t i) {
   if (kind == Kind::u8) return static_cast<const uint8_t*>(x)[i];
@@ -164,8 +159,38 @@ void attention(const Attention& a, const uint8_t* q, const uint8_t* k, const uin
     }
 }
 
+size_t map_scratch_bytes(const Heads&, bool, size_t) { return 0; }
+
+void attention_map(const Heads& s, bool over_channels, const uint8_t* a, const uint8_t* b, size_t row0, size_t row1,
+                   int32_t m, int shift, int32_t* y, void*) {
+  const size_t step = s.heads * s.width, side = over_channels ? s.tokens : s.width, terms = over_channels ? s.width : s.tokens;
+  for (size_t row = row0; row < row1; ++row)
+    for (size_t h = 0; h < s.heads; ++h)
+      for (size_t i = 0; i < side; ++i) {
+        int32_t acc = 0;
+        for (size_t k = 0; k < terms; ++k)
+          acc += over_channels ? a[row * step + h * s.width + k] * b[i * step + h * s.width + k]
+                               : a[k * step + h * s.width + row] * b[k * step + h * s.width + i];
+        *y++ = sat32(rshift(int64_t{acc} * m, shift));
+      }
+}
+
+void attention_read(const Heads& s, bool over_tokens, const uint8_t* chosen, const uint8_t* x, size_t first, size_t count,
+                    const int32_t* m, int shift, int32_t* y, void*) {
+  const size_t step = s.heads * s.width, side = over_tokens ? s.tokens : s.width;
+  for (size_t n = first; n < first + count; ++n)
+    for (size_t h = 0; h < s.heads; ++h)
+      for (size_t j = 0; j < s.width; ++j) {
+        int32_t acc = 0;
+        for (size_t k = 0; k < side; ++k)
+          acc += over_tokens ? chosen[(n * s.heads + h) * side + k] * x[k * step + h * s.width + j]
+                             : chosen[(j * s.heads + h) * side + k] * x[n * step + h * s.width + k];
+        *y++ = sat32(rshift(int64_t{acc} * m[h], shift));
+      }
+}
+
 void lif(const Lif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
-  scalar_lif_packed({p, p.threshold, nullptr, 0}, x, count, x_stride, y, y_stride);
+  scalar_lif_packed({p, p.threshold, nullptr, 0, nullptr}, x, count, x_stride, y, y_stride);
 }
 
 void ielif(const IeLif& p, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
@@ -204,6 +229,32 @@ void scalar_lif_packed(const PackedLif& p, const int32_t* x, size_t count, size_
       v = static_cast<int32_t>(from - p.table) - p.entries / 2;
     }
   }
+}
+
+size_t make_buckets(const int32_t* table, int entries, uint32_t* words, Buckets* buckets) {
+  if (entries < 1 || entries > 254 || table[0] == INT32_MIN) return 0;
+  uint32_t gap = UINT32_MAX;
+  for (int e = 1; e < entries; ++e) {
+    const uint32_t between = static_cast<uint32_t>(table[e]) - static_cast<uint32_t>(table[e - 1]);
+    if (between < gap) gap = between;
+  }
+  if (gap == 0) return 0;  // two at one potential
+  int shift = 0;
+  while (shift < Buckets::kOffsetBits - 1 && gap >> (shift + 1)) ++shift;
+  const int32_t first = table[0] - 1;  // where no entry counts yet
+  const size_t count = ((static_cast<uint32_t>(table[entries - 1]) - static_cast<uint32_t>(first)) >> shift) + 1;
+  if (count > Buckets::kMost) return 0;
+  if (!words) return count;
+  int e = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const uint32_t before = static_cast<uint32_t>(e) << Buckets::kOffsetBits;
+    const uint32_t place = e < entries ? static_cast<uint32_t>(table[e]) - static_cast<uint32_t>(first) : 0;
+    const bool here = e < entries && place >> shift == i;
+    words[i] = before | (here ? place & ((1u << shift) - 1) : Buckets::kNone);
+    e += here;
+  }
+  *buckets = {words, first, table[entries - 1], shift};
+  return count;
 }
 
 void scalar_mean(Kind kind, const void* x, size_t rows, size_t columns, size_t row_stride, int32_t m, int32_t* y) {
@@ -275,6 +326,7 @@ constexpr Kernels kernels_scalar = {"scalar",
                                     maxpool,
                                     attention_scratch_bytes,
                                     attention,
+                                    {map_scratch_bytes, attention_map, map_scratch_bytes, attention_read},
                                     scalar_mean,
                                     lif,
                                     scalar_lif_packed,

@@ -218,3 +218,86 @@ def test_chunks_and_strips_of_events_change_nothing(isa, weights, channels, kern
     out = np.empty_like(expected)
     conv(x, (0, len(out)), None, out, [])
     np.testing.assert_array_equal(out, expected)
+
+
+def spikes_or_counts(rng: np.random.Generator, shape: tuple[int, ...], most: int) -> np.ndarray:
+    density = rng.choice([0.0, 0.15, 0.5, 1.0, -1.0])
+    return draw(rng, shape, None if density < 0 else density, 0, min(most, int(rng.choice([1, 1, 4, 255]))))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), tokens=st.sampled_from([1, 4, 9, 31, 32, 33, 49, 64, 70]), heads=st.integers(1, 3),
+    width=st.sampled_from([1, 3, 15, 16, 17, 32, 33, 63, 64, 65]), shift=st.sampled_from([0, 1, 7, 31, 40, 62]),
+    over=st.sampled_from(["channels", "tokens"]),
+)
+def test_maps_of_attention_are_the_definition(seed, tokens, heads, width, shift, over):
+    """Spikes and counts, all of the rows or some, map and reading."""
+    rng = np.random.default_rng(seed)
+    a, b = (spikes_or_counts(rng, (tokens, heads * width), 255) for _ in range(2))
+    m = int(rng.integers(-MOST, MOST) >> rng.integers(0, 31))
+    side = tokens if over == "channels" else width
+    row0 = int(rng.integers(side)) if rng.random() < 0.5 else 0
+    row1 = int(rng.integers(row0 + 1, side + 1))
+    expected = ops.attention_map(a[None, None, None], b[None, None, None], over, heads, m, shift)[0, 0].reshape(side, -1)
+    for isa in SETS:
+        y = np.full((row1 - row0, heads * side), 7, np.int32)
+        _kernels.attention_map(isa, over == "channels", a, b, heads, (row0, row1), m, shift, y)
+        np.testing.assert_array_equal(y, expected[row0:row1], err_msg=f"{isa} map over {over}")
+
+    over = "tokens" if over == "channels" else "channels"
+    chosen = spikes_or_counts(rng, (side, heads * side), 255)
+    factors = (rng.integers(-MOST, MOST, heads) >> rng.integers(0, 31)).astype(np.int32)
+    shaped = chosen.reshape(1, 1, side, heads, side)
+    expected = ops.attention_read(shaped, a[None, None, None], over, heads, factors[None], shift).reshape(tokens, -1)
+    first = int(rng.integers(tokens)) if rng.random() < 0.5 else 0
+    count = int(rng.integers(1, tokens - first + 1))
+    for isa in SETS:
+        y = np.full((count, heads * width), 7, np.int32)
+        _kernels.attention_read(isa, over == "tokens", chosen, a, heads, first, factors, shift, y)
+        np.testing.assert_array_equal(y, expected[first : first + count], err_msg=f"{isa} reading over {over}")
+
+
+def potential_table(rng: np.random.Generator, kind: str, bits: int) -> np.ndarray:
+    """A sorted table of 2^bits - 2 entries; "none" has none."""
+    count = 2**bits - 2
+    if kind == "even":
+        table = rng.integers(1, 2**22) * (np.arange(count) - count // 2)
+    elif kind == "tanh":
+        high = count // 2
+        table = np.arctanh((np.arange(count) - high + 0.5) / (high + 0.6)) * 2.0 ** rng.integers(9, 29)
+    elif kind == "wide":
+        table = np.linspace(-MOST - 1 + rng.integers(2), MOST, count)
+    else:
+        table = rng.integers(-MOST - 1, MOST, count) >> rng.integers(31)
+    return np.sort(np.clip(table, -MOST - 1, MOST).astype(np.int32)) if kind != "none" else np.empty(0, np.int32)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["even", "tanh", "wide", "any", "none"]), bits=st.integers(2, 8),
+    steps=st.integers(1, 4), count=sizes, reset=st.sampled_from(["hard", "soft", "none"]), strict=st.booleans(),
+    tame=st.booleans(), repeated=st.booleans(),
+)
+def test_neurons_with_any_table_are_the_definition(seed, kind, bits, steps, count, reset, strict, tame, repeated):
+    rng = np.random.default_rng(seed)
+    table = potential_table(rng, kind, bits)
+    x = (rng.integers(-MOST - 1, MOST, (1 if repeated else steps, count)) >> rng.integers(0, 31, count)).astype(np.int32)
+    if len(table):  # on the edges, where one potential more or less is another code
+        edge = rng.choice(table, x.shape).astype(np.int64) + rng.integers(-1, 2, x.shape)
+        x = np.where(rng.random(x.shape) < 0.5, np.clip(edge, -MOST - 1, MOST), x).astype(np.int32)
+    x.flat[rng.integers(x.size)] = rng.choice([-MOST - 1, MOST])
+    decay = (1, int(rng.choice([0, 1, 2, 31, 32]))) if tame else (int(rng.integers(-MOST, MOST) >> rng.integers(31)), 15)
+    gain = (1, int(rng.choice([0, 1, 31, 40]))) if tame or rng.random() < 0.5 else (int(rng.integers(-MOST, MOST)), 30)
+    threshold, amount = (int(v) for v in rng.choice([-MOST - 1, MOST, 0, 1 << 20, 1000], 2))
+    y, shape = np.full((steps, count), 9, np.uint8), (len(x), 1, 1, 1, count)
+    if len(table):
+        expected = ops.lif_packed(x.reshape(shape), decay, gain, threshold, reset, steps, strict, bits, table, amount)
+    else:
+        expected = ops.lif(x.reshape(shape), decay, gain, threshold, reset, steps, strict, amount)
+    for isa in SETS:
+        y[:] = 9
+        buckets = _kernels.lif_packed(isa, x, decay, gain, threshold, reset, strict, amount, table, y)
+        np.testing.assert_array_equal(y, expected.reshape(steps, count), err_msg=f"{isa} {kind} {decay} {gain}")
+        if kind == "tanh" and len(table) == 2**8 - 2 and np.diff(table.astype(np.int64)).min() > 15:
+            assert buckets > 254, "the table of a membrane has buckets"

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <chrono>
 #include <string>
 #include <vector>
@@ -305,6 +306,20 @@ bool check_neurons(Random& r) {
   p.threshold = tame ? 1024 : some_int32(r), p.steps = steps, p.strict = r.chance(50);
   p.reset = static_cast<Lif::Reset>(r.between(0, 2));
   bool good = same<uint8_t>("lif", count * steps, [&](const Kernels& k, uint8_t* y) { k.lif(p, x.data(), count, stride, y, count); });
+  PackedLif packed{p, tame ? static_cast<int32_t>(r.between(-99, 2048)) : some_int32(r), nullptr, 0, nullptr};
+  std::vector<int32_t> table((1u << r.between(2, 8)) - 2);
+  const int64_t gap = r.chance(70) ? r.between(1, 1 << r.between(0, 23)) : 0;  // 0: anything, sorted
+  for (size_t i = 0; i < table.size(); ++i)
+    table[i] = gap ? static_cast<int32_t>((static_cast<int64_t>(i) - static_cast<int64_t>(table.size() / 2)) * gap) : some_int32(r);
+  std::sort(table.begin(), table.end());
+  std::vector<uint32_t> words(make_buckets(exact(table), static_cast<int>(table.size()), nullptr, nullptr));
+  Buckets buckets{};
+  if (!words.empty()) make_buckets(table.data(), static_cast<int>(table.size()), exact(words), &buckets), packed.buckets = &buckets;
+  if (r.chance(80)) packed.table = table.data(), packed.entries = static_cast<int>(table.size());
+  else packed.buckets = nullptr;
+  good &= same<uint8_t>("lif_packed", count * steps, [&](const Kernels& k, uint8_t* y) {
+    k.lif_packed(packed, x.data(), count, stride, y, count);
+  });
   IeLif q{};
   q.decay_m = p.decay_m, q.decay_s = p.decay_s, q.levels = r.pick({1, 4, 8, 255}), q.steps = steps;
   q.fraction_bits = static_cast<int>(tame ? 10 : r.between(0, 30));
@@ -354,6 +369,31 @@ bool check_attention(Random& r) {
   });
 }
 
+bool check_maps(Random& r) {
+  const Heads s{static_cast<size_t>(r.between(1, 70)), static_cast<size_t>(r.between(1, 3)), static_cast<size_t>(r.between(1, 70))};
+  const size_t count = s.tokens * s.heads * s.width;
+  const bool flip = r.chance(50);
+  const size_t side = flip ? s.tokens : s.width, first = r.between(0, side - 1), rows = r.between(1, side - first);
+  const int density = r.pick({0, 5, 50, 100}), most = r.pick({1, 1, 4, 255});
+  std::vector<uint8_t> a(count), b(count), chosen(side * s.heads * side);
+  for (std::vector<uint8_t>* v : {&a, &b, &chosen})
+    for (uint8_t& x : *v) x = static_cast<uint8_t>(r.chance(density) ? r.between(1, most) : 0);
+  exact(a), exact(b), exact(chosen);
+  std::vector<int32_t> m(s.heads);
+  for (int32_t& v : m) v = some_m(r);
+  exact(m);
+  const int shift = some_shift(r);
+  bool good = same<int32_t>("attention_map", rows * s.heads * side, [&](const Kernels& k, int32_t* y) {
+    Block scratch(k.maps.map_scratch_bytes(s, flip, rows));
+    k.maps.map(s, flip, a.data(), b.data(), first, first + rows, m[0], shift, y, scratch.data());
+  });
+  const size_t token = r.between(0, s.tokens - 1), tokens = r.between(1, s.tokens - token);
+  return good & same<int32_t>("attention_read", tokens * s.heads * s.width, [&](const Kernels& k, int32_t* y) {
+    Block scratch(k.maps.read_scratch_bytes(s, flip, tokens));
+    k.maps.read(s, flip, chosen.data(), a.data(), token, tokens, m.data(), shift, y, scratch.data());
+  });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -375,7 +415,7 @@ int main(int argc, char** argv) {
       case 2: good &= r.chance(50) ? check_maxpool<uint8_t>(r, Kind::u8) : r.chance(50) ? check_maxpool<int8_t>(r, Kind::s8)
                                                                                         : check_maxpool<int32_t>(r, Kind::i32);
         break;
-      default: good &= check_attention(r);
+      default: good &= check_attention(r) & check_maps(r);
     }
     if (!good) {
       printf("  in round %llu of seed %llu\n", static_cast<unsigned long long>(round), static_cast<unsigned long long>(seed));
