@@ -431,12 +431,12 @@ def test_sequences_are_augmented_frame_by_frame_alike(n_mnist: Path):
 
 
 def test_frames_that_cannot_be_meant():
-    with pytest.raises(EventError, match="allowed: flip, roll, rotate, cutout, jitter, drop, mixup"):
+    with pytest.raises(EventError, match="allowed: flip, roll, rotate, shear, geometric, cutout, jitter, drop, mixup"):
         Frames(4, (8, 8), augment="rol=3")
     with pytest.raises(EventError, match="by 'number'"):
         Frames(4, (8, 8), "number")
     for wrong in ("roll=nan", "roll=-1", "roll=2.5", "rotate=nan", "rotate=inf", "cutout=1e9", "jitter=1e300", "drop=2",
-                  "flip=nan", "mixup=2", "mixup=-0.1"):
+                  "flip=nan", "mixup=2", "mixup=-0.1", "shear=nan", "geometric=9"):
         with pytest.raises(EventError, match=f"event augmentation {wrong.partition('=')[0]}=.*allowed: "):
             Frames(4, (8, 8), augment=wrong)
 

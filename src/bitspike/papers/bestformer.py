@@ -147,10 +147,11 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
            notes="Release's yml: 4 GPUs x 24 images. torchvision downloads the teacher on first use."),
     Recipe("bestformer.cifar10_dvs", bestformer.dvs_2_256, spec=PUBLISHED, objective=information_enhancement,
            data="cifar10_dvs", frames=16, image_size=128, mean=(0.0, 0.0), std=(1 / 255,), flip="random",
-           event_augment="roll=5", epochs=96, batch_size=16, optimizer="adamw", lr=1e-3, weight_decay=0.06, warmup_epochs=10,
-           warmup_lr=1e-5, min_lr=1e-5, precision="bf16", label_smoothing=0.1,
+           event_augment="geometric", mixup=0.5, epochs=96, batch_size=16, optimizer="adamw", lr=1e-3,
+           weight_decay=0.06, warmup_epochs=10, warmup_lr=1e-5, min_lr=1e-5, precision="bf16", label_smoothing=0.1,
            claim=NO_CLAIM, cost="a GPU. " + train_command("bestformer.cifar10_dvs"),
-           notes="No code or settings were released for it: size and schedule are Spikformer's."),
+           notes="No code or settings were released for it: size, schedule and augmentation are Spikformer's, see "
+                 "spike_hq.cifar10_dvs."),
     _TEACHER,
     replace(_SMALL, claim="ours: 76.36 % in torch, 76.42 % on integers, 125 kB; see RESULTS.md",
             cost="80 minutes on one core of a busy machine. "

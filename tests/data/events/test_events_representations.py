@@ -91,6 +91,10 @@ def test_augment(recording):
     assert np.array_equal(augment.rotate(data, SIZE, random, 0.0), data)
     turned = augment.rotate(data, SIZE, random, 30.0)
     assert 0 < len(turned) < 2000 and turned["x"].max() < 120 and turned["y"].max() < 100
+    sheared = augment.shear(data, SIZE, np.random.default_rng(4), 0.2)
+    slope = np.random.default_rng(4).uniform(-0.2, 0.2)
+    wanted = np.rint(data["x"] + slope * (data["y"] - 49.5)).astype(int)
+    assert sheared["x"].tolist() == [x for x in wanted if 0 <= x < 120] and len(sheared) < 2000
     gone = 2000 - len(augment.cutout(data, SIZE, random, 30))
     assert 0 < gone <= 2000 * 900 / 12000 * 1.5
     jittered = augment.jitter_time(data, random, 500.0)
@@ -101,10 +105,36 @@ def test_augment(recording):
     assert np.array_equal(data, before), "the input is not changed"
     one, two = (augment.rotate(data, SIZE, np.random.default_rng(7)) for _ in range(2))
     assert np.array_equal(one, two), "decided by the generator alone"
-    for change in (augment.flip, augment.roll, augment.rotate, augment.cutout):
+    for change in (augment.flip, augment.roll, augment.rotate, augment.shear, augment.geometric, augment.cutout):
         assert len(change(data[:0], SIZE, random)) == 0
     with pytest.raises(EventError, match=r"share=2; allowed: 0\.\.1"):
         augment.drop(data, random, 2)
+
+
+def test_one_of_six_changes(recording):
+    """How far every event may go: 5/128 of 256 x 128 is 10 and 5 pixels, 0.3 of half the height 19."""
+    size = (128, 256)
+    data = recording(500, size)
+    data["p"] = 1
+    data["t"] = np.arange(500)  # tells which event it was
+    kinds = set()
+    for seed in range(60):
+        out = augment.geometric(data, size, np.random.default_rng(seed))
+        old = data[out["t"]]
+        dx, dy = out["x"].astype(int) - old["x"], out["y"].astype(int) - old["y"]
+        which = int(np.random.default_rng(seed).integers(6))
+        kinds.add(which)
+        if which in (0, 5):
+            assert not dx.any() and not dy.any() and (len(out) == 500) >= (which == 0) and len(out) > 350
+        elif which == 1:
+            assert not dy.any() and abs(dx).max() <= 19.5
+        elif which in (2, 3):
+            moved, still, most = (dx, dy, 10) if which == 2 else (dy, dx, 5)
+            assert len(set(moved)) == 1 and not still.any() and abs(moved[0]) <= most
+        else:
+            assert abs(dx).max() <= 2 * 143 * np.sin(np.deg2rad(15)) + 1
+    assert kinds == set(range(6))
+    assert np.array_equal(augment.geometric(data, size, np.random.default_rng(3), 0.0)["x"], data["x"])
 
 
 def test_modules_need_no_torch():

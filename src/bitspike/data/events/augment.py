@@ -60,6 +60,40 @@ def rotate(data: np.ndarray, size: tuple[int, int], random: np.random.Generator,
                   np.rint(np.sin(angle) * x + np.cos(angle) * y + cy).astype(np.int64), size)
 
 
+def shear(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, most: float = 0.3) -> np.ndarray:
+    """Shift every row in x by a share, from -most..most, of its distance from the middle row, to the nearest pixel."""
+    if not 0 <= most <= 16:
+        raise EventError(f"most={most}; allowed: 0..16.")
+    x = data["x"] + random.uniform(-most, most) * (data["y"] - (size[0] - 1) / 2)
+    return _moved(data, np.rint(x).astype(np.int64), data["y"].astype(np.int64), size)
+
+
+def geometric(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, strength: float = 1.0) -> np.ndarray:
+    """One of six changes, each as likely, the same for the whole recording; `strength` times
+
+    nothing; `shear` by up to 0.3; a shift by up to 5/128 of the sensor across, or down; a turn of up to 30 degrees; a square of
+    0.1 to 11 % of the sensor cut out.
+
+    Source: what Spikformer's release for CIFAR10-DVS does to the frames of 128 x 128 pixels, after TrivialAugment (Mueller and
+    Hutter 2021). There the square lies wholly inside; here its centre does.
+    """
+    if not 0 <= strength <= 8:
+        raise EventError(f"strength={strength}; allowed: 0..8.")
+    which, height, width = int(random.integers(6)), *size
+    if which == 1:
+        return shear(data, size, random, 0.3 * strength)
+    if which in (2, 3):
+        most = round(5 / 128 * strength * (width if which == 2 else height))
+        shift = int(random.integers(-most, most + 1))
+        x, y = data["x"].astype(np.int64), data["y"].astype(np.int64)
+        return _moved(data, x + shift if which == 2 else x, y if which == 2 else y + shift, size)
+    if which == 4:
+        return rotate(data, size, random, 30.0 * strength)
+    if which == 5:
+        return cutout(data, size, random, round((random.uniform(0.001, 0.11) * strength * height * width) ** 0.5))
+    return data.copy()
+
+
 def cutout(data: np.ndarray, size: tuple[int, int], random: np.random.Generator, side: float = 16) -> np.ndarray:
     """Remove the events of a square of `side` pixels, centred anywhere on the sensor, for the whole recording."""
     _check_pixels("side", side)

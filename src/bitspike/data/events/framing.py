@@ -23,6 +23,8 @@ CHANGES: dict[str, tuple[_Change, float]] = {
     "flip": (lambda data, size, random, value: augment.flip(data, size, random, value), 0.5),
     "roll": (lambda data, size, random, value: augment.roll(data, size, random, value), 5),
     "rotate": (lambda data, size, random, value: augment.rotate(data, size, random, value), 15.0),
+    "shear": (lambda data, size, random, value: augment.shear(data, size, random, value), 0.3),
+    "geometric": (lambda data, size, random, value: augment.geometric(data, size, random, value), 1.0),
     "cutout": (lambda data, size, random, value: augment.cutout(data, size, random, value), 16),
     "jitter": (lambda data, size, random, value: augment.jitter_time(data, random, value), 1000.0),
     "drop": (lambda data, size, random, value: augment.drop(data, random, value), 0.1),
