@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.deploy.random_programs import random_artifact, random_images
+from tests.deploy.small_artifact import small
 
 from bitspike.benching.lower import PeerError, unit_of
 from bitspike.deploy import Net, load
@@ -61,6 +62,30 @@ def test_a_trained_network_agrees_layer_by_layer_and_in_its_answers():
     ours = net(images, 1)
     assert (logits.argmax(1) == ours.argmax(1)).mean() >= 0.75  # noise is not what it was trained on
     assert np.corrcoef(logits.ravel(), ours.ravel())[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("tanh", [False, True])
+def test_potentials_of_few_bits_are_kept_as_in_the_program(tanh: bool):
+    """In equal steps, or in equal steps of their tanh; other steps are refused."""
+    header, tensors = small()
+    op = next(op for op in header["program"] if op["op"] == "lif")
+    number = np.arange(-6, 8) - 0.5
+    edges = np.arctanh(number / 7.5) if tanh else number * 0.3
+    tensors["edges"] = np.round(edges * 2 ** header["fraction_bits"]).astype(np.int32)
+    op.update(op="lif_packed", bits=4, table="edges", decay=[2 ** header["fraction_bits"], 4])
+    net = Net(parse(encode(header, tensors)))
+    found = compare(PeerModule(net).eval(), net, random_images(net.header, 4))
+    assert found.different <= 0.02 * found.codes
+    tensors["edges"] = np.sort(tensors["edges"] ** 3)
+    with pytest.raises(PeerError, match="neither"):
+        PeerModule(Net(parse(encode(header, tensors))))
+
+
+def test_a_network_with_maps_of_attention_can_be_laid_out_channels_last():
+    """PyTorch refuses modules with tensors of five axes."""
+    laid_out = [module.to(memory_format=torch.channels_last) for _, net, module in peers_of_random_programs(300)
+                if any(op.name == "attention_read" for op in net.program.ops)]
+    assert laid_out
 
 
 def test_compare_sees_a_wrong_weight():

@@ -95,6 +95,9 @@ class Builder(Protocol):
                  amount: float) -> tuple[Any, Any]:
         """(spikes, potential after the reset, a soft one of `amount`); v None is 0."""
 
+    def tanh(self, x: Any, scale: float) -> Any:
+        """tanh(x * scale)."""
+
     def ielif_step(self, v: Any | None, x: Any, decay: float, one: float, levels: int) -> tuple[Any, Any]:
         """(count, what is left of the potential)."""
 
@@ -127,6 +130,15 @@ def _line(table: Array) -> tuple[Array, Array, float]:
     fit = np.stack([np.polyfit(x, row, 1) for row in table])
     distance = float(np.abs(table - fit[:, :1] * x - fit[:, 1:]).max())
     return fit[:, 0], fit[:, 1], distance
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A potential between steps: `clip(round(x * gain))`, of its tanh or of itself."""
+
+    tanh: bool
+    gain: float
+    codes: Codes
 
 
 @dataclass(frozen=True)
@@ -378,26 +390,33 @@ class _Lowering:
         kept = self._kept(op) if op.name == "lif_packed" else None
         decay *= self.to_unit if kept is not None else 1  # from a code to the potential
         spikes, v = [], None
-        for drive in self._drive(x, a["steps"]):
+        for step, drive in enumerate(self._drive(x, a["steps"])):
             if gain != 1:
                 drive = self.builder.affine(drive, np.array([gain]), None)
-            s, v = self.builder.lif_step(v, drive, decay, threshold, a["strict"], a["reset"], amount)
-            if kept is not None:
-                v = self.builder.neuron(v, np.array(kept[0]), kept[1])
+            last = step + 1 == a["steps"]  # nobody asks for the last potential
+            s, v = self.builder.lif_step(v, drive, decay, threshold, a["strict"], "none" if last else a["reset"], amount)
+            if kept is not None and not last:
+                if kept.tanh:
+                    v = self.builder.tanh(v, 1 / self.unit)
+                v = self.builder.neuron(v, np.array(kept.gain), kept.codes)
             spikes.append(s)
         codes = Codes(0, 1)
         return _Value(self.builder.join(spikes, codes), a["steps"], codes, x.is_map)
 
-    def _kept(self, op: Op) -> tuple[float, Codes]:
-        """How a potential of few bits is stored, if its steps are equal: (gain, codes)."""
+    def _kept(self, op: Op) -> _Kept:
+        """How a potential of few bits is stored: in equal steps, or in equal steps of its tanh."""
         table = np.asarray(op.attributes["table"], np.float64)
         highest = len(table) // 2
-        gap = (table[-1] - table[0]) / max(1, len(table) - 1)
-        even = (np.arange(len(table)) - highest + 0.5) * gap
-        if gap <= 0 or np.abs(table - even).max() > 0.02 * gap + 1:
-            raise PeerError(f"{op.layer or op.output}: its potential is stored in unequal steps (tanh), which other engines "
-                            "are not given; bench without --peers.")
-        return 1 / (gap * self.to_unit), Codes(-highest, highest)
+        known = np.abs(table) < 2.0**31 - 1  # others are infinite: the codes behind them are never reached
+        number = np.arange(len(table)) - highest + 0.5
+        for tanh in (False, True):
+            edges = np.tanh(table / self.fraction) if tanh else table
+            gap = float(np.median(np.diff(edges)[known[1:] & known[:-1]])) if known.sum() > 1 else float(edges.max() * 2)
+            slack = 2 / self.fraction if tanh else 1  # of rounding to whole potentials
+            if gap > 0 and np.abs(edges - number * gap)[known].max() <= 0.02 * gap + slack:
+                return _Kept(tanh, 1 / gap if tanh else 1 / (gap * self.to_unit), Codes(-highest, highest))
+        raise PeerError(f"{op.layer or op.output}: its potential is stored in steps equal neither by themselves nor as "
+                        "tanh, which other engines are not given; bench without --peers.")
 
     _lif_packed = _lif
 

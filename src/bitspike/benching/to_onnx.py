@@ -208,6 +208,9 @@ class OnnxBuilder:
             return spikes, self.emit("Where", fired, self.constant(np.array(0.0)), h)
         return spikes, self.emit("Sub", h, spikes if amount == 1 else self.emit("Mul", spikes, self.constant(np.array(amount))))
 
+    def tanh(self, x: str, scale: float) -> str:
+        return self.emit("Tanh", x if scale == 1 else self.emit("Mul", x, self.constant(np.array(scale))))
+
     def ielif_step(self, v: str | None, x: str, decay: float, one: float, levels: int) -> tuple[str, str]:
         u = x if v is None else self.emit("Add", v, x)
         n = self._round(u if one == 1 else self.emit("Mul", u, self.constant(np.array(1 / one))), 0, levels)

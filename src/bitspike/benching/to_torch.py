@@ -72,7 +72,7 @@ class _Recorder:
         return self._emit("map", [a, b], over, heads, scale)
 
     def attention_read(self, chosen: int, x: int, over: str, shape_CHW: tuple[int, int, int], scale_Th: Array) -> int:
-        scale = self._constant(scale_Th, (len(scale_Th), 1, -1, 1, 1))
+        scale = self._constant(scale_Th, scale_Th.shape)  # not five axes: modules in channels_last may not hold any
         return self._emit("read", [chosen, x], over, shape_CHW, scale)
 
     def coincidences(self, k: int, v: int, scale: float) -> int:
@@ -101,6 +101,9 @@ class _Recorder:
         h = x if v is None else self._emit("leak", [v, x], decay)
         s = self._emit("fire", [h], threshold, strict)
         return s, (h if reset == "none" else self._emit("reset", [h, s], amount, reset))
+
+    def tanh(self, x: int, scale: float) -> int:
+        return self._emit("tanh", [x], scale)
 
     def ielif_step(self, v: int | None, x: int, decay: float, one: float, levels: int) -> tuple[int, int]:
         u = x if v is None else self._emit("add", [v, x])
@@ -138,7 +141,7 @@ def _step(kind: str, x: list[Tensor], more: tuple[Any, ...], constants: Any) -> 
         over, shape, scale = more
         chosen, tokens = x[0], x[1].reshape(len(x[1]), x[0].shape[1], -1, shape[1] * shape[2])
         y = tokens @ chosen.transpose(2, 3) if over == "tokens" else chosen @ tokens
-        factor = constants[scale]
+        factor = constants[scale][:, None, :, None, None]
         return (y.unflatten(0, (len(factor), -1)) * factor).reshape(len(y), *shape)
     if kind == "coincidences":
         return (x[0] * x[1]).sum((2, 3), keepdim=True) * more[0]
@@ -158,6 +161,8 @@ def _step(kind: str, x: list[Tensor], more: tuple[Any, ...], constants: Any) -> 
         return torch.cat(x)
     if kind == "leak":
         return x[0] * more[0] + x[1]
+    if kind == "tanh":
+        return torch.tanh(x[0] if more[0] == 1 else x[0] * more[0])
     if kind == "fire":
         return (x[0] > more[0] if more[1] else x[0] >= more[0]).to(x[0].dtype)
     if kind == "reset":
