@@ -39,6 +39,9 @@ def test_windows(recording):
     steps = (data["t"] - data["t"][0]) // 50_000
     assert np.array_equal(out.sum(axis=(1, 2, 3)), np.bincount(steps))
     assert windows(data, SIZE, count=300).sum(axis=(1, 2, 3)).tolist() == [300] * 6 + [200]
+    assert np.array_equal(windows(data[::-1], SIZE, microseconds=50_000), out), "by time, the order makes no difference"
+    for step in range(len(out)):
+        assert np.array_equal(out[step], frames(data[steps == step], SIZE, 1)[0])
     assert windows(data[:0], SIZE, count=300).shape == (0, 2, *SIZE)
     with pytest.raises(EventError, match="counters"):
         windows(data, SIZE, microseconds=1)

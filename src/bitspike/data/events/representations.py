@@ -112,7 +112,12 @@ def frames(data: np.ndarray, size: tuple[int, int], steps: int, by: str = "count
         raise EventError(f"pooled={pooled}; allowed: (height, width) of at least 1 x 1.")
     cells = 2 * pooled[0] * pooled[1]
     _check_room(steps, "frames", cells)
-    at = edges(data, steps, by, span)
+    return _counted(data, size, edges(data, steps, by, span), pooled)
+
+
+def _counted(data: np.ndarray, size: tuple[int, int], at: np.ndarray, pooled: tuple[int, int]) -> np.ndarray:
+    """Counts int32 [N, 2, h, w] of the parts of events that begin and end at `at`, int64 [N + 1]."""
+    steps, cells = len(at) - 1, 2 * pooled[0] * pooled[1]
     out = np.zeros((steps, cells), np.int32)
     raw = native.as_bytes(data)
     if raw is not None:
@@ -133,7 +138,7 @@ def frames(data: np.ndarray, size: tuple[int, int], steps: int, by: str = "count
 
 def windows(data: np.ndarray, size: tuple[int, int], *, microseconds: int | None = None,
             count: int | None = None) -> np.ndarray:
-    """Frames of a fixed length, as many as there are: int32 [T, 2, H, W]; sorted events.
+    """Frames of a fixed length, as many as there are: int32 [T, 2, H, W]. By time, events are sorted first if they are not.
 
     microseconds: every window lasts that long, from the first event on, empty ones included; or count: every window has
     that many events, the last fewer.
@@ -145,15 +150,18 @@ def windows(data: np.ndarray, size: tuple[int, int], *, microseconds: int | None
     _check(data, size)
     if not len(data):
         return np.zeros((0, 2, *size), np.int32)
-    cells = 2 * size[0] * size[1]
     if microseconds is not None:
-        which = (data["t"] - _first_and_last(data)[0]) // microseconds
+        first, last = _first_and_last(data)
+        steps = (last - first) // microseconds + 1
     else:
-        which = np.arange(len(data)) // (count or 1)
-    steps = int(which.max()) + 1
-    _check_room(steps, "windows", cells)
-    out = np.bincount(_pixels(data, size) + which * cells, minlength=steps * cells)
-    return out.astype(np.int32).reshape(steps, 2, *size)
+        steps = -(-len(data) // (count or 1))
+    _check_room(steps, "windows", 2 * size[0] * size[1])
+    inner = np.arange(steps) * (microseconds or count or 1)
+    if microseconds is not None:
+        if not is_sorted(data):
+            data = data[np.argsort(data["t"], kind="stable")]
+        inner = np.searchsorted(data["t"], first + inner, "left")
+    return _counted(data, size, np.append(inner, len(data)).astype(np.int64), size)
 
 
 def voxel_grid(data: np.ndarray, size: tuple[int, int], bins: int) -> np.ndarray:
