@@ -183,12 +183,18 @@ def test_an_interrupted_stream_says_what_it_saw(network: Path, recording: Path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.bitspike", "rec.npz"]
 
 
-def test_windows_by_count_as_in_training(recording: Path, tmp_path: Path, capsys):
+@pytest.mark.parametrize("number", [1000, 999, 5, 4])
+def test_windows_by_count_as_in_training(number: int, recording: Path, tmp_path: Path, capsys):
+    """T parts of the whole recording, the rest with the last."""
+    from bitspike.data.events import read
+
     path = make_network(tmp_path / "count.bitspike", None, "count")
-    assert call(["run", str(path), str(recording), "--stream", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["decisions"]
-    assert [d["events"] for d in found] == [250] * 4
-    assert call(["run", str(path), str(recording), "--json"]) == 0
+    write(tmp_path / "part.npz", read(recording).data[:number], "npz", size=(16, 16))
+    for more in ([], ["--speed", "1000"]):
+        assert call(["run", str(path), str(tmp_path / "part.npz"), "--stream", "--json", *more]) == 0
+        found = json.loads(capsys.readouterr().out)["decisions"]
+        assert [d["events"] for d in found] == [number // 4] * 3 + [number - 3 * (number // 4)]
+    assert call(["run", str(path), str(tmp_path / "part.npz"), "--json"]) == 0
     (whole,) = json.loads(capsys.readouterr().out)
     assert whole["top"] == found[-1]["top"], "after T windows, the whole sequence"
 
@@ -253,6 +259,8 @@ def test_what_is_refused(network: Path, recording: Path, tmp_path: Path, capsys)
     silent = make_network(tmp_path / "time.bitspike", None, "time")
     assert call(["run", str(silent), str(recording), "--stream"]) == 2
     assert "how long is a window?" in capsys.readouterr().err
+    assert call(["run", "cifar10", str(tmp_path / "none.png")]) == 2
+    assert "none.png: there is no such file" in capsys.readouterr().err
     assert call(["run", "cifar10", str(recording), "--stream"]) == 2
     message = capsys.readouterr().err
     assert "was made for pictures of 3 channels" in message and "needs a network of event frames" in message

@@ -206,7 +206,7 @@ def _play_one(net: Net, path: Path, options: Options) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     show = _Show(net, stream, path, options)
     with show:
-        for decision in _decisions(stream, path, layout, options):
+        for decision in _decisions(stream, path, layout, options, number):
             show.decision(decision)
             if options.save is not None and len(kept) < FILM:
                 kept.append(decision)
@@ -227,17 +227,34 @@ def _play_one(net: Net, path: Path, options: Options) -> dict[str, Any]:
     return {"recording": str(path), "decisions": rows, "totals": totals}
 
 
-def _decisions(stream: Stream, path: Path, layout: str | None, options: Options) -> Iterator[Decision]:
-    """Every window, the last one cut short; at `speed` times the recording's own pace (0: no waiting)."""
+def _decisions(stream: Stream, path: Path, layout: str | None, options: Options, number: int) -> Iterator[Decision]:
+    """Every window, the last one cut short; at `speed` times the recording's own pace (0: no waiting).
+
+    number: of the recording's events. Where it is cut into T parts, the last of them takes the rest, as in training.
+    """
     began, clock, speed = time.monotonic(), Elapsed(), options.speed
-    some = _PACED if speed else _PUSH
+    for part in _parts(stream, path, layout, options, number):
+        for decision in stream.push(part):
+            if speed:
+                time.sleep(max(0.0, clock.after(decision) / speed - (time.monotonic() - began)))
+            yield decision
+    yield from stream.flush()
+
+
+def _parts(stream: Stream, path: Path, layout: str | None, options: Options, number: int) -> Iterator[np.ndarray]:
+    some, seen = _PACED if options.speed else _PUSH, 0
+    whole = stream.count is not None and options.window_events is None
+    last = (stream.net.time_steps - 1) * (stream.count or 0) if whole else -1  # where the last part begins
     for piece in iterate(path, _CHUNK, on_error=options.on_error, layout=layout):
         for start in range(0, len(piece), some):
-            for decision in stream.push(piece.data[start:start + some]):
-                if speed:
-                    time.sleep(max(0.0, clock.after(decision) / speed - (time.monotonic() - began)))
-                yield decision
-    yield from stream.flush()
+            part = piece.data[start:start + some]
+            if seen <= last < seen + len(part):
+                yield part[:last - seen]
+                stream.count = number - last
+                yield part[last - seen:]
+            else:
+                yield part
+            seen += len(part)
 
 
 class Elapsed:

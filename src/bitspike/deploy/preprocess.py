@@ -108,6 +108,8 @@ def _pixels(source: str | os.PathLike[str] | Image, name: str, channels: int,
         pixels = np.asarray(fitted(image), np.uint8)
     except ImageError:
         raise
+    except FileNotFoundError:
+        raise ImageError(f"{name}: there is no such file") from None
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: {error}. Make it smaller") from None
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
