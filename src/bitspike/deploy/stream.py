@@ -228,13 +228,24 @@ class Stream:
                 yield self._decide()
 
     def _by_time(self, block: np.ndarray, window: int) -> Iterator[Decision]:
-        times = np.clip(block["t"].astype(np.int64), -_LAST, _LAST)
+        times = block["t"].astype(np.int64)
+        in_order = bool((times[1:] >= times[:-1]).all())
+        if not in_order or times[0] < -_LAST or times[-1] > _LAST:
+            times = np.clip(times, -_LAST, _LAST)
         first, look = 0, _LOOK
         while first < len(block):
             if self._start is None:
                 self._start = int(times[first])
             start = self._start
             earliest, stop, latest = start - FAR * window, start + window, start + (FAR + 1) * window
+            if in_order and earliest <= times[first] < latest:  # as below, without a look at every event
+                until = first + int(np.searchsorted(times[first:], stop))
+                self._on_clock(block[first:until], times[first:until], start)
+                first = until
+                if first < len(block) and times[first] < latest:
+                    self._stray()
+                    yield from self._advance(int(times[first]), window)
+                continue
             t = times[first:first + look]
             ends = (t >= stop) & (t < latest)
             ended = bool(ends.any())
@@ -264,9 +275,11 @@ class Stream:
         """Events of this window, or late by little: what was held back is astray then."""
         if len(part):
             self._stray()
-            late = t < start
-            self.totals.late += int(late.sum())
-            self._add(self._on_sensor(part[~late] if late.any() else part))
+            if t.min() < start:
+                late = t < start
+                self.totals.late += int(late.sum())
+                part = part[~late]
+            self._add(self._on_sensor(part))
 
     def _doubt(self, part: np.ndarray, window: int) -> int:
         """Hold events back, up to CONFIRM of them; how many were looked at."""
