@@ -1,5 +1,7 @@
 """The three methods on one interface: they keep budgets, repeat themselves, go on after a kill, and say what is wrong."""
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -357,9 +359,56 @@ def test_black_box_makes_small_what_is_asked():
                                          ("measurements.jsonl", "sensitivity")])
 @pytest.mark.parametrize("content", [b"[]\n", b"5\n", b'{"subject": 5}\n', b"\xff\xfe\x80garbage\n"])
 def test_damaged_files_of_a_search_are_named(tmp_path, name, method, content):
-    if name.endswith("jsonl") and content.startswith(b"\xff"):
-        pytest.skip("a line that is no JSON is one that a kill cut")
     (tmp_path / name).write_bytes(content)
     options = {"blackbox": BlackBox(2), "differentiable": Differentiable(steps=2, batch=8)}.get(method)
     with pytest.raises(SearchError, match="another --out"):
         search(network(), FEW, "bits=3", pictures(), method=method, options=options, out=tmp_path)
+    assert (tmp_path / name).read_bytes().startswith(content)
+
+
+def test_a_study_cut_in_half_is_named(tmp_path):
+    asked = {"method": "blackbox", "options": BlackBox(3), "out": tmp_path}
+    search(network(), FEW, "bits=3", pictures(), **asked)
+    stored = tmp_path / "optuna.journal"
+    lines = stored.read_bytes().splitlines(keepends=True)
+    stored.write_bytes(b"".join(lines[:-4]) + lines[-4][:20] + b"\n" + b"".join(lines[-3:]))
+    with pytest.raises(SearchError, match="damaged"):
+        search(network(), FEW, "bits=3", pictures(), **asked)
+
+
+def test_steps_of_other_costs_are_refused(tmp_path):
+    asked = {"method": "differentiable", "options": Differentiable(steps=2, batch=8), "out": tmp_path}
+    search(network(), FEW, "bits=3", pictures(), **asked)
+    with pytest.raises(SearchError, match="another search"):
+        search(network(), FEW, "bits=3", pictures(), technology=technology("bit_proportional"), **asked)
+
+
+def test_a_network_with_dropout_goes_on_to_the_same_result(tmp_path):
+    def dropping():
+        net = network()
+        net.insert(7, nn.Dropout(0.5))
+        return net
+
+    asked = {"method": "differentiable", "options": Differentiable(steps=6, batch=8, save_every=2), "seed": 1}
+    logits = []
+    for folder, kill in (("whole", False), ("cut", True)):
+        if kill:
+            with pytest.raises(Stop):
+                search(dropping(), FEW, "bits=3", pictures(), out=tmp_path / folder, tell=stop_at(4), **asked)
+        search(dropping(), FEW, "bits=3", pictures(), out=tmp_path / folder, **asked)
+        logits.append(torch.load(tmp_path / folder / "differentiable.pt", weights_only=True)["logits"])
+    assert all(torch.equal(logits[0][n], logits[1][n]) for n in logits[0])
+
+
+@pytest.mark.slow
+def test_processes_that_start_together_on_a_new_data_base_share_it(tmp_path):
+    shared = f"sqlite:///{tmp_path / 'search.db'}"
+    processes = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(3, mp_context=processes) as pool:
+        done = [pool.submit(shared_search, shared) for _ in range(3)]
+        assert all(d.result(timeout=120) for d in done)
+
+
+def shared_search(storage):
+    torch.set_num_threads(1)
+    return search(network(), FEW, "bits=3", pictures(), method="blackbox", options=BlackBox(9, storage))[0] is not None

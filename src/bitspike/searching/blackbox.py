@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,13 +45,19 @@ def _storage(options: Options, folder: Path | None) -> Any:
     from optuna.storages.journal import JournalFileBackend
 
     if options.storage is not None:
-        from sqlalchemy.exc import SQLAlchemyError
+        from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
-        try:
-            return optuna.storages.RDBStorage(options.storage)
-        except (SQLAlchemyError, ImportError) as error:
-            raise SearchError(f"storage {options.storage!r} cannot be opened: {error}. It is an address such as "
-                              "sqlite:///search.db or mysql://user@host/name, whose driver is installed.") from None
+        for pause in (0.2, 0.4, 0.8, 1.6, 0.0):
+            try:
+                return optuna.storages.RDBStorage(options.storage)
+            except (SQLAlchemyError, ImportError) as error:
+                racing = isinstance(error, IntegrityError) or (
+                    isinstance(error, OperationalError) and any(w in str(error) for w in ("already exists", "locked")))
+                if racing and pause:  # another process is making the tables just now
+                    time.sleep(pause)
+                    continue
+                raise SearchError(f"storage {options.storage!r} cannot be opened: {error}. It is an address such as "
+                                  "sqlite:///search.db or mysql://user@host/name, whose driver is installed.") from None
     if folder is None:
         return optuna.storages.InMemoryStorage()
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,21 +91,32 @@ def run(bench: Bench, space: Space, costs: Costs, budget: Budget, options: Optio
     A trial that a kill cut short is tried again.
     Errors: SearchError if no trial met the budget (with how near the nearest came); a study of another search or a damaged one.
     """
+    try:
+        return _search(bench, space, costs, budget, options, seed, folder, tell, cheap)
+    except json.JSONDecodeError as error:  # a journal is read anew for every trial
+        raise _damaged(error) from error
+
+
+def _damaged(error: Exception) -> SearchError:
+    return SearchError(f"the stored study cannot be read ({type(error).__name__}: {error}); it is damaged: choose another "
+                       "--out or storage, or delete it.")
+
+
+def _search(bench: Bench, space: Space, costs: Costs, budget: Budget, options: Options, seed: int, folder: Path | None,
+            tell: Callable[[str, int, int], None], cheap: str) -> Choice:
     import optuna
     from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        storage = _storage(options, folder)
-        study = optuna.create_study(study_name=_NAME, storage=storage, load_if_exists=True, directions=["minimize"] * 3)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:  # what a journal that is no journal gives
-        if isinstance(error, SearchError):
-            raise
-        raise SearchError(f"the stored study cannot be read ({type(error).__name__}: {error}); it is damaged: choose another "
-                          "--out or storage, or delete it.") from None
-    constants = costs.technology
+        study = optuna.create_study(study_name=_NAME, storage=_storage(options, folder), load_if_exists=True,
+                                    directions=["minimize"] * 3)
+    except SearchError:
+        raise
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise _damaged(error) from error
     described = {"network, data": bench.fingerprint(), "budget": str(budget),
-                 "technology": [constants.name, constants.rule, *constants.describe()],
+                 "costs": costs.describe(),
                  "candidates": {name: list(found) for name, found in _names(space).items()}}
     subject = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     stored = study.user_attrs.get("subject")
@@ -121,10 +139,14 @@ def run(bench: Bench, space: Space, costs: Costs, budget: Budget, options: Optio
     def finished() -> int:
         return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
+    def begun() -> int:  # by anybody, less what was cut short
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
+        return sum(t.state == TrialState.COMPLETE or t.number not in before for t in trials)
+
     done = finished()
     while done < options.trials:
-        # seeded by what is there, so that a search that was killed draws what it would have drawn
-        study.sampler = _sampler(options, seed * 1_000_003 + done)
+        # seeded by what is there, so that a search that was killed draws what it would have drawn, and two at once differ
+        study.sampler = _sampler(options, seed * 1_000_003 + begun())
         _enqueue_uniform(study, space, before)
         study.optimize(objective, n_trials=1)
         done = finished()

@@ -56,6 +56,10 @@ class Costs:
         self._other = [op for name, op in operations.items() if name not in self.layers]
         self._traffic = [*report.residuals, *report.states]
 
+    def describe(self) -> list[str]:
+        """What they follow from besides the model and the images, as lines of text."""
+        return [self.technology.name, self.technology.rule, *self.technology.describe(), f"overhead {self.overhead} bytes"]
+
     # ------------------------------------------------------------------------------------ one layer
     def operation(self, name: str, scheme: Scheme) -> Operation:
         """The layer as the accounts see it under a scheme."""

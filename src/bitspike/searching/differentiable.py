@@ -86,10 +86,17 @@ def run(bench: Bench, space: Space, costs: Costs, budget: Budget, options: Optio
     if budget.drop is not None:
         raise SearchError("method='differentiable' weighs a cost that must be known beforehand; for drop=... use "
                           "'sensitivity' or 'blackbox'.")
+    if len(bench.data.images) < 2:
+        raise SearchError("differentiable search needs at least two images.")
+    with torch.random.fork_rng(devices=[]):  # of the network's own dropout and the like
+        torch.manual_seed(seed)
+        return _search(bench, space, costs, budget, options, seed, folder, tell)
+
+
+def _search(bench: Bench, space: Space, costs: Costs, budget: Budget, options: Options, seed: int, folder: Path | None,
+            tell: Callable[[str, int, int], None]) -> Choice:
     images = bench.data.images
     half = len(images) // 2
-    if half < 1:
-        raise SearchError("differentiable search needs at least two images.")
     model = copy.deepcopy(bench.model).train()
     layers = quantizable(model)
     mixtures: dict[str, Mixture] = {}
@@ -103,7 +110,7 @@ def run(bench: Bench, space: Space, costs: Costs, budget: Budget, options: Optio
     of_choices = torch.optim.Adam(list(logits.values()), options.choice_lr, betas=(0.5, 0.999))
     rows = _soft_costs(space, costs, budget)
     settings = {**asdict(options), "seed": seed, "budget": str(budget), "subject": bench.fingerprint(),
-                "space": {n: [key_of(s) for s in f] for n, f in space.layers.items()}}
+                "costs": costs.describe(), "space": {n: [key_of(s) for s in f] for n, f in space.layers.items()}}
     store = None if folder is None else folder / "differentiable.pt"
     step = _load(store, settings, model, logits, of_weights, of_choices)
 
@@ -165,7 +172,7 @@ def _save(path: Path, settings: dict[str, Any], step: int, model: nn.Module, log
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         torch.save({"settings": json.dumps(settings), "step": step, "model": model.state_dict(),
-                    "logits": {n: a.detach() for n, a in logits.items()},
+                    "logits": {n: a.detach() for n, a in logits.items()}, "random": torch.get_rng_state(),
                     "optimizers": [o.state_dict() for o in optimizers]}, file)
 
 
@@ -183,6 +190,7 @@ def _load(path: Path | None, settings: dict[str, Any], model: nn.Module, logits:
                 value.copy_(stored["logits"][name])
         for optimizer, state in zip(optimizers, stored["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+        torch.set_rng_state(stored["random"])
         return int(stored["step"])
     except SearchError:
         raise

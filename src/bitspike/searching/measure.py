@@ -205,6 +205,9 @@ class Journal:
             try:
                 row = json.loads(line)
             except ValueError:
+                if not rows:  # the first line is written whole, or not at all: no kill has cut it
+                    raise SearchError(f"{path} begins with {line.strip()[:40]!r}, which no search wrote; choose another --out, "
+                                      "or move the file away.") from None
                 break
             inner = row.get("result" if rows else "subject", {}) if isinstance(row, dict) else None
             if not isinstance(inner, dict) or (rows and not {"key", "result"} <= set(row)):

@@ -46,13 +46,13 @@ def parse_candidates(text: str) -> tuple[Scheme, ...]:
     """
     found: list[Scheme] = []
     for word in text.split():
-        kind, _, widths = word.partition(":")
+        kind, colon, widths = word.partition(":")
         if kind not in KINDS or kind == "membrane":
             allowed = ", ".join(FITTING)  # others can be named, but were made to train with, not to be searched
             raise SearchError(f"candidates {text!r}: unknown scheme {kind!r}; allowed: {allowed}, each with its bits, such as "
                               "'uniform:2,3,4 pow2:3,4 binary'.")
         options = FITTING.get(kind, {})
-        if widths and not all(w.isdecimal() for w in widths.split(",")):
+        if colon and not all(w.isdecimal() for w in widths.split(",")):
             raise SearchError(f"candidates {word!r}: {widths!r} are no widths; allowed are whole numbers of bits separated by "
                               f"commas, such as '{kind}:{KINDS[kind][-1]}'.")
         try:
