@@ -239,6 +239,12 @@ struct Avx2 {
   static I32 not_(I32 a) { return _mm256_xor_si256(a, _mm256_set1_epi32(-1)); }
   static I32 and_(I32 a, I32 b) { return _mm256_and_si256(a, b); }
   static I32 select(I32 where, I32 a, I32 b) { return _mm256_blendv_epi8(b, a, where); }
+  // Which lanes fired: as a mask of vectors here.
+  using Mask = I32;
+  static Mask above(I32 a, I32 b) { return more(a, b); }
+  static I32 only(Mask where, I32 v) { return and_(where, v); }
+  static I32 zero_where(Mask where, I32 v) { return and_(not_(where), v); }
+  static void store_spikes(uint8_t* p, Mask spikes, int lanes) { store_codes(p, and_(spikes, splat(1)), lanes); }
   static I32 gather(const uint32_t* p, I32 at) { return _mm256_i32gather_epi32(reinterpret_cast<const int*>(p), at, 4); }
   static I32 splat(int32_t v) { return _mm256_set1_epi32(v); }
   static I32 sub(I32 a, I32 b) { return _mm256_sub_epi32(a, b); }

@@ -225,6 +225,16 @@ struct Avx512 {
   static I32 not_(I32 a) { return _mm512_xor_si512(a, _mm512_set1_epi32(-1)); }
   static I32 and_(I32 a, I32 b) { return _mm512_and_si512(a, b); }
   static I32 select(I32 where, I32 a, I32 b) { return _mm512_ternarylogic_epi32(where, a, b, 0xca); }
+  // Which lanes fired, as bits.
+  using Mask = __mmask16;
+  static Mask above(I32 a, I32 b) { return _mm512_cmpgt_epi32_mask(a, b); }
+  static I32 only(Mask where, I32 v) { return _mm512_maskz_mov_epi32(where, v); }
+  static I32 zero_where(Mask where, I32 v) { return _mm512_maskz_mov_epi32(static_cast<__mmask16>(~where), v); }
+  static void store_spikes(uint8_t* p, Mask spikes, int lanes) {
+    const __m128i codes = _mm_maskz_set1_epi8(spikes, 1);
+    if (lanes >= kLanes) _mm_storeu_si128(reinterpret_cast<__m128i*>(p), codes);
+    else _mm_mask_storeu_epi8(p, mask(lanes), codes);
+  }
   static I32 gather(const uint32_t* p, I32 at) { return _mm512_i32gather_epi32(at, p, 4); }
   static I32 splat(int32_t v) { return _mm512_set1_epi32(v); }
   static I32 sub(I32 a, I32 b) { return _mm512_sub_epi32(a, b); }

@@ -103,7 +103,9 @@ void make_bits(const Conv& c, const uint8_t* image, int first, const BitRows& to
         for (int p = 0; p < planes; ++p) {
           const uint64_t mask = V::plane(v, p);
           sum += V::count_bits(mask) << p;
-          memcpy(bits + p * to.plane, &mask, (n + 7) / 8);
+          if (n == V::kBytes) memcpy(bits + p * to.plane, &mask, V::kBytes / 8);
+          else if (n == V::kBytes / 2) memcpy(bits + p * to.plane, &mask, V::kBytes / 16);
+          else memcpy(bits + p * to.plane, &mask, (n + 7) / 8);
         }
       }
       to.sums[r * to.width + x] = sum;

@@ -58,23 +58,35 @@ void add(const int32_t* a, const int32_t* b, size_t count, int32_t* y) {
   }
 }
 
+// The window [y0, y1) x [x0, x1) of kCount channels: a number that the compiler knows, so that they stay in registers.
+template <int kCount, class T>
+void maxpool_channels(const T* image, size_t row, size_t channels, int y0, int y1, int x0, int x1, T* out) {
+  T best[kCount];
+  memcpy(best, image + y0 * row + x0 * channels, sizeof(best));
+  for (int y = y0; y < y1; ++y)
+    for (int x = x0; x < x1; ++x) {
+      const T* from = image + y * row + x * channels;
+      for (int c = 0; c < kCount; ++c) best[c] = best[c] > from[c] ? best[c] : from[c];
+    }
+  memcpy(out, best, sizeof(best));
+}
+
 template <class T>
 void maxpool_rows(const Pool& p, const T* image, int row0, int row1, T* out) {
-  const size_t channels = p.channels;
-  for (int oy = row0; oy < row1; ++oy)
+  constexpr int kMost = 64 / sizeof(T), kSome = 16 / sizeof(T);
+  const int channels = p.channels;
+  const size_t row = static_cast<size_t>(p.width) * channels;
+  const auto inside = [](int i, int size) { return i < 0 ? 0 : i < size ? i : size; };
+  for (int oy = row0; oy < row1; ++oy) {
+    const int top = oy * p.stride_h - p.pad_h, y0 = inside(top, p.height), y1 = inside(top + p.kernel_h, p.height);
     for (int ox = 0; ox < p.out_width; ++ox, out += channels) {
-      bool first = true;
-      for (int ky = 0; ky < p.kernel_h; ++ky)
-        for (int kx = 0; kx < p.kernel_w; ++kx) {
-          const int y = oy * p.stride_h - p.pad_h + ky, x = ox * p.stride_w - p.pad_w + kx;
-          if (y < 0 || y >= p.height || x < 0 || x >= p.width) continue;
-          const T* from = image + (static_cast<size_t>(y) * p.width + x) * channels;
-          if (first) memcpy(out, from, channels * sizeof(T));
-          else
-            for (size_t c = 0; c < channels; ++c) out[c] = out[c] > from[c] ? out[c] : from[c];
-          first = false;
-        }
+      const int left = ox * p.stride_w - p.pad_w, x0 = inside(left, p.width), x1 = inside(left + p.kernel_w, p.width);
+      int c = 0;
+      for (; c + kMost <= channels; c += kMost) maxpool_channels<kMost>(image + c, row, channels, y0, y1, x0, x1, out + c);
+      for (; c + kSome <= channels; c += kSome) maxpool_channels<kSome>(image + c, row, channels, y0, y1, x0, x1, out + c);
+      for (; c < channels; ++c) maxpool_channels<1>(image + c, row, channels, y0, y1, x0, x1, out + c);
     }
+  }
 }
 
 inline void maxpool(const Pool& p, const void* image, int row0, int row1, void* out) {

@@ -175,6 +175,12 @@ struct Neon : NeonCodes<kDot> {
   static I32 and_(I32 a, I32 b) { return vandq_s32(a, b); }
   static I32 or_(I32 a, I32 b) { return vorrq_s32(a, b); }
   static I32 select(I32 where, I32 a, I32 b) { return vbslq_s32(vreinterpretq_u32_s32(where), a, b); }
+  // Which lanes fired: as a mask of vectors here.
+  using Mask = I32;
+  static Mask above(I32 a, I32 b) { return more(a, b); }
+  static I32 only(Mask where, I32 v) { return and_(where, v); }
+  static I32 zero_where(Mask where, I32 v) { return and_(not_(where), v); }
+  static void store_spikes(uint8_t* p, Mask spikes, int lanes) { store_codes(p, and_(spikes, splat(1)), lanes); }
   static I32 gather(const uint32_t* p, I32 at) {
     const uint32_t found[kLanes] = {p[vgetq_lane_s32(at, 0)], p[vgetq_lane_s32(at, 1)], p[vgetq_lane_s32(at, 2)],
                                     p[vgetq_lane_s32(at, 3)]};

@@ -15,9 +15,11 @@ struct Shrink {
   typename V::Scale scale;
 
   Shrink(int32_t factor, int s) : plain(factor == 1 && s < 32), shift(s), m(int64_t{factor}), scale(s) {}
-  I32 narrow(I32 x) const {  // only if plain; half up: the last bit that is shifted out is added
+  // Only if plain. Half up: floor((u + 1) / 2) is u - floor(u / 2), which does not overflow.
+  I32 narrow(I32 x) const {
     if (shift == 0) return x;
-    return V::add(V::shift_right(x, shift), V::and_(V::shift_right(x, shift - 1), V::splat(1)));
+    const I32 twice = V::shift_right(x, shift - 1);
+    return V::sub(twice, V::shift_right(twice, 1));
   }
   typename V::Factor wide(I32 x) const {
     if (plain && shift == 0) return typename V::Factor(x);
@@ -49,39 +51,54 @@ struct Store {
 
 constexpr int kCountedEntries = 63;  // of a table without buckets: more are sooner searched than compared with all
 
-template <class V>
-void lif_packed(const PackedLif& packed, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
+// With kNarrow, leak and gain are shifts. `packed` is a copy: what is stored through y may be anything's bytes.
+template <class V, Lif::Reset kReset, bool kNarrow, bool kTable>
+void lif_some(const PackedLif packed, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
   using I32 = typename V::I32;
-  if (packed.table && !packed.buckets && packed.entries > kCountedEntries)
-    return scalar_lif_packed(packed, x, count, x_stride, y, y_stride);
   const Lif& p = packed.lif;
   const Shrink<V> decay(p.decay_m, p.decay_s), gain(p.gain_m, p.gain_s);
   const Store<V> store{packed};
-  const typename V::Factor one(int64_t{1}), minus_amount(-int64_t{packed.amount});
-  const typename V::Scale unit(0);
-  const I32 threshold = V::splat(p.threshold);
-  const bool narrow = decay.plain && gain.plain, small_amount = packed.amount != INT32_MIN;
+  const int steps = p.steps;
+  const I32 below = V::splat(p.strict ? p.threshold : p.threshold - 1), minus_amount = V::splat(-packed.amount);
   for (size_t i = 0; i < count; i += V::kLanes) {
     const int lanes = count - i < V::kLanes ? static_cast<int>(count - i) : V::kLanes;
     I32 v = V::zero();
-    for (int t = 0; t < p.steps; ++t) {
+    for (int t = 0;; ++t) {
       const I32 drive = V::load(x + t * x_stride + i, lanes);
       I32 h;
       if (t == 0) h = gain.saturated(drive);  // the potential is still 0
-      else if (narrow) h = V::add_saturating(decay.narrow(v), gain.narrow(drive));
+      else if (kNarrow) h = V::add_saturating(decay.narrow(v), gain.narrow(drive));
       else h = V::requant(v, decay.m, gain.wide(drive), decay.scale);
-      const I32 spike = p.strict ? V::more(h, threshold) : V::not_(V::more(threshold, h));
-      V::store_codes(y + t * y_stride + i, V::and_(spike, V::splat(1)), lanes);
-      if (t + 1 == p.steps) break;  // nobody asks for the last potential
+      const typename V::Mask spike = V::above(h, below);
+      V::store_spikes(y + t * y_stride + i, spike, lanes);
+      if (t + 1 == steps) break;  // nobody asks for the last potential
       v = h;
-      if (p.reset == Lif::Reset::hard) v = V::select(spike, V::zero(), h);
-      if (p.reset == Lif::Reset::soft && small_amount)
-        v = V::add_saturating(h, V::and_(spike, V::splat(-packed.amount)));
-      else if (p.reset == Lif::Reset::soft)
-        v = V::select(spike, V::requant(h, one, minus_amount, unit), h);
-      if (packed.table) v = store(v);
+      if (kReset == Lif::Reset::hard) v = V::zero_where(spike, h);
+      if (kReset == Lif::Reset::soft) v = V::add_saturating(h, V::only(spike, minus_amount));
+      if (kTable) v = store(v);
     }
   }
+}
+
+template <class V>
+void lif_packed(const PackedLif& packed, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
+  using Reset = Lif::Reset;
+  const Lif& p = packed.lif;
+  // What has no vector form: a long table without buckets, and numbers whose neighbour or negative is no int32.
+  if ((packed.table && !packed.buckets && packed.entries > kCountedEntries) || packed.amount == INT32_MIN ||
+      p.threshold == INT32_MIN)
+    return scalar_lif_packed(packed, x, count, x_stride, y, y_stride);
+  const bool narrow = Shrink<V>(p.decay_m, p.decay_s).plain && Shrink<V>(p.gain_m, p.gain_s).plain;
+  const auto choose = [=](auto hard, auto soft, auto none) {
+    return p.reset == Reset::hard ? hard : p.reset == Reset::soft ? soft : none;
+  };
+  const auto run = packed.table ? choose(lif_some<V, Reset::hard, false, true>, lif_some<V, Reset::soft, false, true>,
+                                         lif_some<V, Reset::none, false, true>)
+                   : narrow     ? choose(lif_some<V, Reset::hard, true, false>, lif_some<V, Reset::soft, true, false>,
+                                         lif_some<V, Reset::none, true, false>)
+                                : choose(lif_some<V, Reset::hard, false, false>, lif_some<V, Reset::soft, false, false>,
+                                         lif_some<V, Reset::none, false, false>);
+  run(packed, x, count, x_stride, y, y_stride);
 }
 
 template <class V>
