@@ -60,11 +60,11 @@ void popcount_pack(const Conv& c, void* packed) {
   *p.fits = requant_fits(c);
 }
 
-// Scratch: per plane the padded rows as bits; sums of codes per padded pixel, then per window.
+// Scratch: per plane the padded rows as bits; sums of codes per padded pixel, per column of a window, per window.
 struct BitRows {
   size_t rows, width, row, plane, bytes;
   uint8_t* bits;
-  int32_t *sums, *windows;
+  int32_t *sums, *columns, *windows;
 
   BitRows(const Conv& c, int out_rows, void* scratch) {
     rows = static_cast<size_t>(out_rows - 1) * c.stride_h + c.kernel_h;
@@ -72,7 +72,8 @@ struct BitRows {
     row = width * pixel_bytes(c);
     plane = round_up(rows * row, 4) + 64;  // words are read past a window's end; what they hold meets zero weights
     sums = static_cast<int32_t*>(scratch);
-    windows = sums + rows * width;
+    columns = sums + rows * width;
+    windows = columns + width;
     bits = reinterpret_cast<uint8_t*>(windows + static_cast<size_t>(out_rows) * c.out_width);
     bytes = static_cast<size_t>(reinterpret_cast<char*>(bits + c.bit_planes() * plane) - static_cast<char*>(scratch));
   }
@@ -83,42 +84,63 @@ size_t popcount_scratch_bytes(const Conv& c, int rows) {
   return BitRows(c, rows, nullptr).bytes + round_up(c.channels, V::kBytes);
 }
 
+// The bits of one pixel, plane by plane; returns the sum of its codes. kWhole: its channels are whole vectors.
+template <class V, bool kWhole>
+int32_t pixel_bits(const Conv& c, const uint8_t* codes, int planes, size_t plane, uint8_t* bits) {
+  int32_t sum = 0;
+  for (int i = 0; i < c.channels; i += V::kBytes, bits += V::kBytes / 8) {
+    const int n = kWhole ? V::kBytes : at_most(c.channels - i, V::kBytes);
+    const typename V::I32 v = V::load_codes(codes + i, n);
+    for (int p = 0; p < planes; ++p) {
+      const uint64_t mask = V::plane(v, p);
+      sum += V::count_bits(mask) << p;
+      if (n == V::kBytes) memcpy(bits + p * plane, &mask, V::kBytes / 8);
+      else if (n == V::kBytes / 2) memcpy(bits + p * plane, &mask, V::kBytes / 16);
+      else memcpy(bits + p * plane, &mask, (n + 7) / 8);
+    }
+  }
+  return sum;
+}
+
+template <class V, bool kWhole>
+void rows_of_bits(const Conv& c, const uint8_t* image, int first, const BitRows& to, const uint8_t* pad) {
+  const int planes = c.bit_planes(), right = c.pad_w + c.width;
+  const size_t size = pixel_bytes(c);
+  for (size_t r = 0; r < to.rows; ++r) {
+    const int iy = first + static_cast<int>(r);
+    const bool inside = iy >= 0 && iy < c.height;
+    const uint8_t* from = inside ? image + static_cast<size_t>(iy) * c.width * c.channels : pad;
+    uint8_t* bits = to.bits + r * to.row;
+    int32_t* sums = to.sums + r * to.width;
+    for (int x = 0; x < static_cast<int>(to.width); ++x, bits += size) {
+      const bool here = inside && x >= c.pad_w && x < right;
+      sums[x] = pixel_bits<V, kWhole>(c, here ? from : pad, planes, to.plane, bits);
+      if (here) from += c.channels;
+    }
+  }
+}
+
 template <class V>
 void make_bits(const Conv& c, const uint8_t* image, int first, const BitRows& to) {
   const int planes = c.bit_planes();
-  const size_t size = pixel_bytes(c);
   uint8_t* pad = to.bits + planes * to.plane;
   for (int i = 0; i < c.channels; ++i) pad[i] = static_cast<uint8_t>(c.pad_value[i]);
   for (int p = 0; p < planes; ++p) memset(to.bits + p * to.plane + to.rows * to.row, 0, to.plane - to.rows * to.row);
-  for (size_t r = 0; r < to.rows; ++r)
-    for (size_t x = 0; x < to.width; ++x) {
-      const int iy = first + static_cast<int>(r), ix = static_cast<int>(x) - c.pad_w;
-      const bool inside = iy >= 0 && iy < c.height && ix >= 0 && ix < c.width;
-      const uint8_t* codes = inside ? image + (static_cast<size_t>(iy) * c.width + ix) * c.channels : pad;
-      uint8_t* bits = to.bits + r * to.row + x * size;
-      int32_t sum = 0;
-      for (int i = 0; i < c.channels; i += V::kBytes, bits += V::kBytes / 8) {
-        const int n = at_most(c.channels - i, V::kBytes);
-        const typename V::I32 v = V::load_codes(codes + i, n);
-        for (int p = 0; p < planes; ++p) {
-          const uint64_t mask = V::plane(v, p);
-          sum += V::count_bits(mask) << p;
-          if (n == V::kBytes) memcpy(bits + p * to.plane, &mask, V::kBytes / 8);
-          else if (n == V::kBytes / 2) memcpy(bits + p * to.plane, &mask, V::kBytes / 16);
-          else memcpy(bits + p * to.plane, &mask, (n + 7) / 8);
-        }
-      }
-      to.sums[r * to.width + x] = sum;
-    }
+  if (c.channels % V::kBytes == 0) rows_of_bits<V, true>(c, image, first, to, pad);
+  else rows_of_bits<V, false>(c, image, first, to, pad);
   int32_t* window = to.windows;
-  for (size_t oy = 0; oy * c.stride_h + c.kernel_h <= to.rows; ++oy)
-    for (int ox = 0; ox < c.out_width; ++ox) {
-      int32_t sum = 0;
-      for (int ky = 0; ky < c.kernel_h; ++ky)
-        for (int kx = 0; kx < c.kernel_w; ++kx)
-          sum += to.sums[(oy * c.stride_h + ky) * to.width + static_cast<size_t>(ox) * c.stride_w + kx];
-      *window++ = sum;
-    }
+  for (size_t oy = 0; oy * c.stride_h + c.kernel_h <= to.rows; ++oy, window += c.out_width) {
+    const int32_t* sums = to.sums + oy * c.stride_h * to.width;  // first down the columns, then along the row
+    memcpy(to.columns, sums, to.width * sizeof(int32_t));
+    for (int ky = 1; ky < c.kernel_h; ++ky)
+      for (size_t x = 0; x < to.width; ++x) to.columns[x] += sums[ky * to.width + x];
+    memset(window, 0, c.out_width * sizeof(int32_t));
+    for (int kx = 0; kx < c.kernel_w; ++kx)
+      if (c.stride_w == 1)
+        for (int ox = 0; ox < c.out_width; ++ox) window[ox] += to.columns[ox + kx];
+      else
+        for (int ox = 0; ox < c.out_width; ++ox) window[ox] += to.columns[static_cast<size_t>(ox) * c.stride_w + kx];
+  }
 }
 
 // kPixels windows times N vectors of outputs, from output `first` on. x: where each window starts in plane 0; y: where

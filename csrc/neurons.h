@@ -60,8 +60,7 @@ void lif_some(const PackedLif packed, const int32_t* x, size_t count, size_t x_s
   const Store<V> store{packed};
   const int steps = p.steps;
   const I32 below = V::splat(p.strict ? p.threshold : p.threshold - 1), minus_amount = V::splat(-packed.amount);
-  for (size_t i = 0; i < count; i += V::kLanes) {
-    const int lanes = count - i < V::kLanes ? static_cast<int>(count - i) : V::kLanes;
+  const auto some = [&](size_t i, int lanes) {
     I32 v = V::zero();
     for (int t = 0;; ++t) {
       const I32 drive = V::load(x + t * x_stride + i, lanes);
@@ -77,7 +76,10 @@ void lif_some(const PackedLif packed, const int32_t* x, size_t count, size_t x_s
       if (kReset == Lif::Reset::soft) v = V::add_saturating(h, V::only(spike, minus_amount));
       if (kTable) v = store(v);
     }
-  }
+  };
+  size_t i = 0;
+  for (; i + V::kLanes <= count; i += V::kLanes) some(i, V::kLanes);  // a number the compiler knows
+  if (i < count) some(i, static_cast<int>(count - i));
 }
 
 template <class V>
