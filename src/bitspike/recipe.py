@@ -53,7 +53,8 @@ class Recipe:
     and saturation by up to that share. `auxiliary` weighs the loss of an auxiliary head. `skip_broken` leaves pictures
     with broken annotations out instead of refusing the data. `pictures` takes only so many of the training pictures, evenly
     spaced (0: all). `window`: in evaluation a segmenter sees overlapping squares of that side (0: the whole picture).
-    Steps: `batch_size` is that of one optimizer step, over all processes and `accumulate` parts.
+    Steps: `batch_size` is that of one optimizer step, over all processes and `accumulate` parts. With `sync_norm` batch norms
+    take their statistics from all processes, so that several train what one does; without, each from its own part.
     objective: `objective(model, recipe, loss) -> loss` lets a paper replace the loss; it is called once, with the model on
     its device, so it may load a `teacher`, hook layers, and weigh its term by `distill`. teacher_labels: whether a teacher
     says the class or the probabilities (at that `temperature`); papers that compare features do not read it.
@@ -131,6 +132,7 @@ class Recipe:
     grad_clip: float = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
+    sync_norm: bool = True
     ema: float = 0.0
     # loss
     label_smoothing: float = 0.0

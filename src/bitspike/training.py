@@ -47,6 +47,7 @@ from bitspike.objectives import (
     with_logits_of,
 )
 from bitspike.optimizers import Average, learning_rate, make_optimizer
+from bitspike.processes import share_, unshare_
 from bitspike.progress import Reporter, duration
 from bitspike.recipe import Recipe, RecipeError
 from bitspike.spec import SpecError
@@ -123,6 +124,8 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
         objective = recipe.objective(model, recipe, objective)
     counts = SpikeCounts(model) if recipe.spike_penalty else None
     bare, annealed = model, annealed_modules(model)
+    if world > 1:
+        share_(model, recipe.sync_norm)
     model, optimizer = accelerator.prepare(model, optimizer)
     if folder and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(stored["scaler"])
@@ -313,6 +316,7 @@ def _any(caught: int, accelerator: Accelerator) -> int:
 def _nonfinite(run: Path, step: int, rate: float, model: nn.Module, task: Task, images: Tensor, targets: Any,
                accelerator: Accelerator) -> NonFinite:
     kept = "the last checkpoint is whole" if checkpoint_folder(run) else "there is no checkpoint yet"
+    unshare_(model)  # other processes may have found nothing, and do not come along
     with accelerator.autocast():
         culprit = first_nonfinite(model, lambda: task.forward(model, images, targets))
     return NonFinite(f"the loss is not finite in step {step} (learning rate {rate:.3g}); first module with an output that is "

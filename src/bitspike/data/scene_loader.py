@@ -151,6 +151,7 @@ class _Train(Dataset[Sample]):
         draw, a = self._draw(epoch, index), self.augment
         image: Any = tv_tensors.Image(self.split.image(index))
         target = self.split.target(index, *image.shape[-2:])
+        target["draw"] = seed_of(self.seed, "sample", epoch, index)
         size = a.resized(image.shape[-2], image.shape[-1], draw.random())
         image, target = _apply("resize", image, target, list(size), antialias=True)
         if a.crop:

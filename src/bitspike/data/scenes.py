@@ -15,6 +15,7 @@ from bitspike.data.splits import Files, Split
 #: Segmentation: "semantic", a `tv_tensors.Mask` uint8 [H, W] of classes, VOID where nothing counts.
 #: Detection: "boxes" `tv_tensors.BoundingBoxes` float32 [N, 4] (XYXY, pixels), "labels" int64 [N], "masks" `tv_tensors.Mask`
 #: uint8 [N, H, W], and what else has one entry an object ("iscrowd", "area"); other entries go through unchanged ("image_id").
+#: In training "draw", a seed of this picture in this epoch for what a model draws of it.
 Target = dict[str, Any]
 
 #: the class of pixels that neither train nor count

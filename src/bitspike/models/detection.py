@@ -25,12 +25,11 @@ from torchvision.models.detection import _utils as matching
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
-from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, sigmoid_focal_loss
 
 from bitspike.models.meta_spikeformer import MetaSpikeFormer, ielif_attention
 from bitspike.models.pyramid import Pyramid, SharedConv, features_of, measure, published_neuron, without_classifier
-from bitspike.models.rois import BoxHead, MaskHead, Regions, small_normal
+from bitspike.models.rois import BoxHead, MaskHead, Proposals, Regions, small_normal
 from bitspike.neurons import IELIF, timewise
 
 NeuronFactory = Callable[[], nn.Module]
@@ -108,7 +107,8 @@ class Detector(nn.Module):
     below with zeros, to a multiple of the coarsest stride. In training mode it needs targets and returns the losses; in eval
     mode a list of dicts: boxes [N, 4] in pixels of the picture, labels int64 [N], scores [N] in descending order and, of Mask
     R-CNN, masks [N, 1, H, W] (probabilities, 0 outside of the box), as torchvision's detectors do.
-    targets: boxes, labels, masks; "iscrowd" [N], objects that are left out where it is not 0; "size" [2], in either mode:
+    targets: boxes, labels, masks; "draw", a whole number that seeds what is sampled of this picture (else torch's global
+    generator is asked); "iscrowd" [N], objects that are left out where it is not 0; "size" [2], in either mode:
     height and width of the picture itself, without the padding that the batch already has.
     Errors: ValueError for training without targets or with targets that cannot be meant.
     """
@@ -189,7 +189,8 @@ def _without_crowds(target: dict[str, Tensor]) -> dict[str, Tensor]:
     if "iscrowd" not in target:
         return target
     keep = target["iscrowd"] == 0
-    return {name: target[name][keep] for name in ("boxes", "labels", "masks") if name in target}
+    drawn = {"draw": target["draw"]} if "draw" in target else {}
+    return {name: target[name][keep] for name in ("boxes", "labels", "masks") if name in target} | drawn
 
 
 def in_picture(found: dict[str, Tensor], size: Tensor, original: Tensor) -> dict[str, Tensor]:
@@ -217,7 +218,7 @@ class MaskRCNN(Detector):
     """See `mask_rcnn`."""
 
     def __init__(self, dense: Dense, anchors: AnchorGenerator, classes: int, regions: Regions,
-                 proposals: RegionProposalNetwork) -> None:
+                 proposals: Proposals) -> None:
         super().__init__(dense, anchors, classes)
         self.proposals, self.regions = proposals, regions
 
@@ -230,6 +231,10 @@ class MaskRCNN(Detector):
         return found, {**losses, **more}
 
     def _losses(self, images: ImageList, targets: Targets) -> dict[str, Tensor]:
+        draws = [one.get("draw") for one in targets]
+        seeds = None if None in draws else [int(draw) for draw in draws if draw is not None]
+        self.proposals.sampler.draws = seeds
+        self.regions.sampler.draws = None if seeds is None else [seed ^ 1 for seed in seeds]
         return self._both(images, list(targets))[1]
 
     def _detect(self, images: ImageList) -> Detections:
@@ -284,10 +289,8 @@ def mask_rcnn(backbone: nn.Module, num_classes: int = 80, *, width: int = 256, l
         BoxHead(width, num_classes, 7, hidden, time_steps, neuron),
         MaskHead(width, num_classes, mask_convs, time_steps, neuron) if masks else None, neck.strides[:region_levels],
         mask_side=14, sampling_ratio=2, canonical=canonical, samples=regions_sampled, score=score, nms=nms, most=most)
-    network = RegionProposalNetwork(
-        anchors, _Said(len(_RATIOS)), fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=anchors_sampled,
-        positive_fraction=0.5, pre_nms_top_n=dict(zip(_MODES, candidates, strict=True)),
-        post_nms_top_n=dict(zip(_MODES, proposals, strict=True)), nms_thresh=0.7)
+    network = Proposals(anchors, _Said(len(_RATIOS)), anchors_sampled, dict(zip(_MODES, candidates, strict=True)),
+                        dict(zip(_MODES, proposals, strict=True)))
     return MaskRCNN(dense, anchors, num_classes, regions, network)
 
 

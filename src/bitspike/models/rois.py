@@ -10,13 +10,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from bitspike.models.blocks import SpikeConv, as_sequence
 from bitspike.models.pyramid import twice
 from bitspike.neurons import timewise
+from bitspike.processes import SharedBatchNorm, summed, world_size
 
 NeuronFactory = Callable[[], nn.Module]
 
@@ -49,7 +52,7 @@ class BoxHead(nn.Module):
         self.deltas = small_normal(nn.Conv2d(hidden, 4 * (classes + 1), 1), 0.001)
 
     def forward(self, x_RCHW: Tensor) -> tuple[Tensor, Tensor]:
-        if self.training and len(x_RCHW) == 0:
+        if self.training and len(x_RCHW) == 0 and not _shares(self):
             zero, n = _no_regions(self, x_RCHW), self.classes.out_channels
             return zero.expand(0, n), zero.expand(0, 4 * n)
         s_TRC11 = self.neuron(self.fc2(self.fc1(as_sequence(x_RCHW, self.time_steps))))
@@ -75,7 +78,7 @@ class MaskHead(nn.Module):
         self.masks = small_normal(nn.Conv2d(channels, classes + 1, 1))
 
     def forward(self, x_RCHW: Tensor) -> Tensor:
-        if self.training and len(x_RCHW) == 0:
+        if self.training and len(x_RCHW) == 0 and not _shares(self):
             return _no_regions(self, x_RCHW).expand(0, self.masks.out_channels, 2 * x_RCHW.shape[2], 2 * x_RCHW.shape[3])
         y = as_sequence(x_RCHW, self.time_steps)
         for conv in self.convs:
@@ -84,12 +87,72 @@ class MaskHead(nn.Module):
         return timewise(self.masks, self.neuron(y)).mean(0)  # type: ignore[no-any-return]
 
 
+class Sampler(BalancedPositiveNegativeSampler):
+    """torchvision's choice of anchors or regions for the losses, from the same distribution, drawn for each picture alone.
+
+    `draws`: a seed for every picture of the next call, or None for torch's global generator. Every candidate draws a number
+    and those with the lowest are taken: which are chosen depends neither on the other pictures of a batch nor on how they are
+    split over processes, and hardly on a candidate that matches more or less.
+    """
+
+    draws: Sequence[int] | None = None
+
+    def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Labels of every picture (1 and more: positive, 0: negative, -1: neither) -> two uint8 masks of every picture."""
+        chosen: tuple[list[Tensor], list[Tensor]] = [], []
+        for i, labels in enumerate(matched_idxs):
+            draw = None if self.draws is None else torch.Generator().manual_seed(self.draws[i])
+            number = torch.rand(len(labels), generator=draw).to(labels.device)
+            positive, negative = torch.where(labels >= 1)[0], torch.where(labels == 0)[0]
+            most = min(len(positive), int(self.batch_size_per_image * self.positive_fraction))
+            rest = min(len(negative), self.batch_size_per_image - most)
+            for masks, candidates, count in zip(chosen, (positive, negative), (most, rest), strict=True):
+                mask = torch.zeros_like(labels, dtype=torch.uint8)
+                mask[candidates[number[candidates].argsort()[:count]]] = 1
+                masks.append(mask)
+        return chosen
+
+
+def over_all(count: int, like: Tensor) -> Tensor:
+    """This process's `count` over the mean count of all: times this, its mean loss averages to that of the whole batch."""
+    total = summed(torch.tensor(float(count), dtype=torch.float64, device=like.device))
+    return (count * world_size() / total.clamp(min=1)).float()
+
+
+class Proposals(RegionProposalNetwork):
+    """torchvision's network of proposals, with `Sampler`; its losses count every sampled anchor of all processes the same."""
+
+    over_processes = False
+
+    def __init__(self, anchors: nn.Module, head: nn.Module, samples: int, candidates: dict[str, int],
+                 most: dict[str, int]) -> None:
+        super().__init__(anchors, head, 0.7, 0.3, samples, 0.5, candidates, most, 0.7)
+        self.fg_bg_sampler = self.sampler = Sampler(samples, 0.5)
+
+    def compute_loss(self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor],
+                     regression_targets: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """See torchvision's."""
+        losses = super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
+        if not self.over_processes:
+            return losses
+        # what was sampled, told by how many there are to take
+        count, most = 0, int(self.sampler.batch_size_per_image * self.sampler.positive_fraction)
+        for one in labels:
+            positive = min(int((one >= 1).sum()), most)
+            count += positive + min(int((one == 0).sum()), self.sampler.batch_size_per_image - positive)
+        share = over_all(count, objectness)
+        return losses[0] * share, losses[1] * share
+
+
 class Regions(RoIHeads):
-    """torchvision's RoIHeads with our heads: sampling, matching, losses, decoding and NMS are its own.
+    """torchvision's RoIHeads with our heads: matching, losses, decoding and NMS are its own; see `Sampler` for the sampling.
 
     `box_head` and `mask_head` (or None) are the graphs of this file. See `detection.mask_rcnn` for the options.
-    In evaluation the masks are [N, 1, 2 side, 2 side], one for each box.
+    In evaluation the masks are [N, 1, 2 side, 2 side], one for each box. Losses are means over the regions (or masks) of the
+    whole batch, also where it is split over processes.
     """
+
+    over_processes = False
 
     def __init__(self, box: BoxHead, mask: MaskHead | None, strides: Sequence[int], *, mask_side: int, sampling_ratio: int,
                  canonical: int, samples: int, score: float, nms: float, most: int) -> None:
@@ -100,6 +163,27 @@ class Regions(RoIHeads):
             nms_thresh=nms, detections_per_img=most,
             mask_roi_pool=None if mask is None else _align(names, mask_side, strides, sampling_ratio, canonical),
             mask_head=mask, mask_predictor=None if mask is None else _AsFloat())
+        self.fg_bg_sampler = self.sampler = Sampler(samples, 0.25)
+        self._sampled: tuple[int, int] = 0, 0
+
+    def select_training_samples(self, proposals: list[Tensor], targets: list[dict[str, Tensor]] | None
+                                ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """See torchvision's; keeps the numbers of regions and of masks."""
+        chosen = super().select_training_samples(proposals, targets)
+        self._sampled = sum(map(len, chosen[2])), sum(int((labels > 0).sum()) for labels in chosen[2])
+        return chosen  # type: ignore[no-any-return]
+
+    def forward(self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]],
+                targets: list[dict[str, Tensor]] | None = None) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """See torchvision's."""
+        found, losses = super().forward(features, proposals, image_shapes, targets)
+        if self.training and self.over_processes:
+            regions, masks = self._sampled
+            for name, value in losses.items():
+                count = masks if name == "loss_mask" else regions
+                # the mean over none is not a number, and has no gradient
+                losses[name] = over_all(count, value) * (value if count else torch.nan_to_num(value))
+        return found, losses
 
 
 class _AsFloat(nn.Module):
@@ -107,6 +191,11 @@ class _AsFloat(nn.Module):
 
     def forward(self, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         return tuple(o.float() for o in output) if isinstance(output, tuple) else output.float()
+
+
+def _shares(head: nn.Module) -> bool:
+    """Are its batch norms those of all processes, so that it has to take part even with no region?"""
+    return any(isinstance(module, SharedBatchNorm) for module in head.modules())
 
 
 def _no_regions(head: nn.Module, x_RCHW: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitspike.data.pipeline import Batches
 from bitspike.data.splits import Dataset
+from bitspike.processes import summed, world_size
 from bitspike.recipe import Loss, Recipe
 
 __all__ = ["Meter", "Task", "rank_and_world", "summed", "task_of"]
@@ -88,12 +89,5 @@ def task_of(recipe: Recipe) -> Task:
 
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many there are; (0, 1) without torchrun."""
-    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ranks else (0, 1)
-
-
-def summed(values: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
-    if rank_and_world()[1] > 1:
-        torch.distributed.all_reduce(values)
-    return values
+    world = world_size()
+    return (torch.distributed.get_rank(), world) if world > 1 else (0, 1)
