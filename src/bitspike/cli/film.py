@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bitspike.cli.stream import Elapsed
 from bitspike.data.events import Events
 from bitspike.deploy import Decision
 from bitspike.deploy.fields import printable
@@ -21,6 +20,23 @@ _MOST = 256       # pixels of the picture's longer side
 _TOP = 5          # classes beside it
 _BACK, _TEXT, _DIM = (14, 17, 22), (230, 235, 240), (110, 120, 132)
 _ON, _OFF, _BAR = (255, 196, 92), (86, 156, 255), (92, 214, 170)
+
+
+class Elapsed:
+    """Seconds since a recording began; where its clock jumped, they go on from before the jump."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self.stop = 0
+
+    def after(self, decision: Decision) -> float:
+        """At the end of this window; to be asked for every one in turn."""
+        if self.first is None:
+            self.first = decision.start
+        elif decision.jumped:
+            self.first += decision.start - self.stop
+        self.stop = decision.stop
+        return (decision.stop - self.first) / 1e6
 
 
 def _counts(decisions: Sequence[Decision], pieces: Iterable[Events], sensor: tuple[int, int]) -> np.ndarray:

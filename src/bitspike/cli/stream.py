@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bitspike.cli.film import Elapsed, write_film
 from bitspike.cli.messages import complain, warn
 from bitspike.data.events import EventError, Events, iterate, read
 from bitspike.data.events.framing import Frames
@@ -216,8 +217,6 @@ def _play_one(net: Net, path: Path, options: Options) -> dict[str, Any]:
                              "events": decision.events, "latency_ms": round(decision.latency_ms, 4),
                              "top": best(decision.logits, net.classes, options.top)})
     if options.save is not None:
-        from bitspike.cli.film import write_film
-
         pieces = iterate(path, _CHUNK, on_error=options.on_error, layout=layout) if not stream.totals.jumps else None
         write_film(options.save, net.classes, kept, pieces, sensor)
         more = f" (the first {FILM} windows)" if stream.totals.windows > FILM else ""
@@ -255,23 +254,6 @@ def _parts(stream: Stream, path: Path, layout: str | None, options: Options, num
             else:
                 yield part
             seen += len(part)
-
-
-class Elapsed:
-    """Seconds since a recording began; where its clock jumped, they go on from before the jump."""
-
-    def __init__(self) -> None:
-        self.first: int | None = None
-        self.stop = 0
-
-    def after(self, decision: Decision) -> float:
-        """At the end of this window; to be asked for every one in turn."""
-        if self.first is None:
-            self.first = decision.start
-        elif decision.jumped:
-            self.first += decision.start - self.stop
-        self.stop = decision.stop
-        return (decision.stop - self.first) / 1e6
 
 
 def best(logits: np.ndarray, classes: list[str], top: int) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from bitspike.data.events import native
+
 #: One event: t in microseconds, x to the right and y downwards in pixels, p 1 (brighter, ON) or 0 (darker, OFF). 16 bytes,
 #: aligned, and byte for byte the event of AEDAT 4.
 DTYPE = np.dtype({"names": ["t", "x", "y", "p"], "formats": ["<i8", "<u2", "<u2", "u1"], "offsets": [0, 8, 10, 12],
@@ -223,11 +225,16 @@ def unwrap(raw: np.ndarray, bits: int, last: int | None) -> np.ndarray:
     return raw + (np.cumsum(falls.astype(np.int64) - rises) * full + base)
 
 
+def as_bytes(data: np.ndarray) -> np.ndarray | None:
+    """Events [N] as uint8 [16 N] without a copy; None where the extension cannot look at them."""
+    if native.module is None or data.dtype != DTYPE or data.ndim != 1 or not data.flags.c_contiguous:
+        return None
+    return data.view(np.uint8) if len(data) else np.empty(0, np.uint8)
+
+
 def first_outside(data: np.ndarray, height: int, width: int) -> int:
     """The first event that is not on the sensor; their number, if all are."""
-    from bitspike.data.events import native
-
-    raw = native.as_bytes(data)
+    raw = as_bytes(data)
     if raw is not None:
         return int(native.module.first_outside(raw, height, width))
     if not len(data) or (int(data["x"].max()) < width and int(data["y"].max()) < height):
@@ -237,9 +244,7 @@ def first_outside(data: np.ndarray, height: int, width: int) -> int:
 
 def is_sorted(data: np.ndarray) -> bool:
     """Whether the times never fall."""
-    from bitspike.data.events import native
-
-    raw = native.as_bytes(data)
+    raw = as_bytes(data)
     if raw is not None:
         return bool(native.module.is_sorted(raw))
     return bool((data["t"][1:] >= data["t"][:-1]).all())

@@ -7,10 +7,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import numpy as np
-
-from bitspike.data.events.core import DTYPE
-
 _VERSION = 2
 
 
@@ -24,10 +20,3 @@ def _load() -> Any:
 
 #: the extension, or None
 module: Any = _load()
-
-
-def as_bytes(data: np.ndarray) -> np.ndarray | None:
-    """Events [N] as uint8 [16 N] without a copy; None where the extension cannot look at them."""
-    if module is None or data.dtype != DTYPE or data.ndim != 1 or not data.flags.c_contiguous:
-        return None
-    return data.view(np.uint8) if len(data) else np.empty(0, np.uint8)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from bitspike.data.events import native
-from bitspike.data.events.core import EventError, first_outside, is_sorted
+from bitspike.data.events.core import EventError, as_bytes, first_outside, is_sorted
 
 _BLOCK = 1 << 16
 
@@ -119,7 +119,7 @@ def _counted(data: np.ndarray, size: tuple[int, int], at: np.ndarray, pooled: tu
     """Counts int32 [N, 2, h, w] of the parts of events that begin and end at `at`, int64 [N + 1]."""
     steps, cells = len(at) - 1, 2 * pooled[0] * pooled[1]
     out = np.zeros((steps, cells), np.int32)
-    raw = native.as_bytes(data)
+    raw = as_bytes(data)
     if raw is not None:
         row, column = (np.arange(old) * new // old for old, new in zip(size, pooled, strict=True))
         for step in range(steps):
