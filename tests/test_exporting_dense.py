@@ -73,6 +73,7 @@ def detector(kind: str) -> nn.Module:
         net.train()
         for x in inputs():
             net(x, [{**target, "masks": target["masks"][:, : x.shape[2], : x.shape[3]]}])
+    torch.manual_seed(1)  # however much was drawn for the sampling
     livened(net.dense.head.scores, 0.5)
     livened(net.dense.head.deltas, 0.1)
     nn.init.normal_(net.dense.head.scores.bias)  # few scores are equal
@@ -184,6 +185,18 @@ def test_too_little_agreement_writes_nothing(tmp_path):
     with pytest.raises(ExportError, match="nothing was written"):
         export_segmenter(net, tmp_path / "a.bitspike", mean=MEAN, std=STD, letterbox=HOW, classes=["a"] * 5,
                          calibration_images=pictures(), name="x", min_agreement=1.0, inner_bits=8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "mask_rcnn"])
+def test_a_detector_that_finds_nothing(kind, tmp_path):
+    model = detector(kind)
+    if kind == "retinanet":
+        model.score = 1.0
+    else:
+        model.regions.score_thresh = 1.0
+    with pytest.raises(ExportError, match=r"finds nothing in the \d+ pictures to compare on, so .* lower the score threshold"):
+        written(model, tmp_path / "a.bitspike")
     assert not list(tmp_path.iterdir())
 
 

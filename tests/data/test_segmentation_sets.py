@@ -75,6 +75,17 @@ def test_ade20k_in_full(tmp_path):
     assert (target(data.test, 0) == np.array([1, 3, 0, 2])[labels]).all()
 
 
+def test_ade20k_without_some_json(tmp_path):
+    files.ade20k_full(tmp_path)
+    for part, i in (("training", 1), ("validation", 0)):
+        (tmp_path / "images" / "ADE" / part / "urban" / "street" / f"ADE_{i}.json").unlink()
+    with pytest.raises(DataError, match=r"2 of 6 annotations are broken: missing JSON \(2\): .*ADE_0.json, .*ADE_1.json"):
+        load("ade20k_full", tmp_path)
+    with pytest.warns(BrokenAnnotations, match=r"missing JSON \(2\)"):
+        data = load("ade20k_full", tmp_path, skip_broken=True)
+    assert len(data.train) + len(data.val) == 3 and len(data.test) == 1
+
+
 def test_the_real_camvid():
     data = load("camvid", real("camvid"))
     assert (len(data.train), len(data.val), len(data.test)) == (58, 4, 26)

@@ -16,6 +16,8 @@ class BrokenAnnotations(UserWarning):
 class Broken:
     """Collects what is wrong with the annotations of a data set; `settle` decides once all have been looked at.
 
+    what: is counted; remedy: what skip_broken does with it.
+
     >>> broken = Broken("camvid")
     >>> broken.add("no such file", "0001.png")
     >>> broken.settle(62, skip=False)
@@ -25,8 +27,8 @@ class Broken:
 or leave these pictures out with --set skip_broken=yes.
     """
 
-    def __init__(self, data: str) -> None:
-        self.data, self.found = data, dict[str, list[str]]()
+    def __init__(self, data: str, what: str = "annotations", remedy: str = "leave these pictures out") -> None:
+        self.data, self.what, self.remedy, self.found = data, what, remedy, dict[str, list[str]]()
 
     def __len__(self) -> int:
         return sum(map(len, self.found.values()))
@@ -38,15 +40,14 @@ or leave these pictures out with --set skip_broken=yes.
     def text(self, total: int) -> str:
         """How many of `total`, by kind, with the first names of each."""
         kinds = [f"{kind} ({len(names)}): {_listed(names)}" for kind, names in self.found.items()]
-        return f"{self.data}: {len(self)} of {total} annotations are broken: {'; '.join(kinds)}."
+        return f"{self.data}: {len(self)} of {total} {self.what} are broken: {'; '.join(kinds)}."
 
     def settle(self, total: int, skip: bool) -> None:
         """A `BrokenAnnotations` warning if there are any and they may be skipped. Errors: DataError if they may not."""
         if not self.found:
             return
         if not skip:
-            raise DataError(f"{self.text(total)} Mend or remove them, or leave these pictures out with "
-                            "--set skip_broken=yes.")
+            raise DataError(f"{self.text(total)} Mend or remove them, or {self.remedy} with --set skip_broken=yes.")
         warnings.warn(f"{self.text(total)} Left out.", BrokenAnnotations, stacklevel=3)
 
 

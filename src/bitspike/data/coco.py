@@ -4,9 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bitspike.data.broken import Broken
 from bitspike.data.errors import DataError
 from bitspike.data.scenes import Scenes, Target
 from bitspike.data.splits import Dataset, held_out
@@ -50,7 +49,8 @@ def coco(data_dir: Path | str, skip_broken: bool = False) -> Dataset:
     `test` is val2017 (every picture of it); `val` is 5 % of train2017, where pictures without an object (crowds do not count)
     are left out, as all published training does. Classes are the annotation file's categories in the order of their ids;
     labels count from 1. The hash covers the annotation files, the names and sizes of the pictures and the split.
-    skip_broken: leave out broken annotations and missing pictures, with a warning that counts them.
+    skip_broken: leave out the broken objects alone (their pictures stay, and what they showed counts as background) and the
+    missing pictures, with a `BrokenAnnotations` warning that counts and names them.
     Errors: DataError for a missing folder, a damaged file, or broken annotations: how many of each kind, with names.
     """
     folder = _folder(Path(data_dir))
@@ -198,13 +198,13 @@ def _read(folder: Path, part: str, digest: Any, skip_broken: bool) -> tuple[dict
         raise DataError(f"{path}: cannot be read as COCO annotations ({type(error).__name__}: {error}); expected a JSON object "
                         "with images, annotations and categories.") from error
     names, sizes = dict(sorted(names.items())), dict(sorted(sizes.items()))
-    broken: list[tuple[str, str]] = []  # (what, where)
+    broken = Broken(str(path), "entries", "leave out these objects and pictures")
     labels = {category: number for number, category in enumerate(names, 1)}
     objects: dict[int, list[Object]] = {i: [] for i in sizes}
     for number, annotation in enumerate(annotations):
         trouble, found = _object(annotation, sizes, labels)
         if found is None:
-            broken.append((trouble, _place(annotation, number, sizes)))
+            broken.add(trouble, _place(annotation, number, sizes))
         else:
             objects[annotation["image_id"]].append(found)
     paths, scenes = [], []
@@ -212,17 +212,16 @@ def _read(folder: Path, part: str, digest: Any, skip_broken: bool) -> tuple[dict
     for i, (height, width, name) in sizes.items():
         file = folder / part / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            broken.append(("name outside of the folder", name))
+            broken.add("name outside of the folder", name)
             continue
         if not file.is_file():
-            broken.append(("missing file", name))
+            broken.add("missing file", name)
             continue
         digest.update(f"{part}/{name} {file.stat().st_size}\n".encode())
         paths.append(file)
         licence = licences[i]
         scenes.append(Scene(i, height, width, tuple(objects[i]), licence if isinstance(licence, int) else 0))
-    if broken:
-        _tell(path, broken, skip_broken)
+    broken.settle(len(annotations) + len(sizes), skip_broken)
     return names, Scenes(tuple(paths), tuple(scenes), read_objects)
 
 
@@ -288,18 +287,3 @@ def _outline_trouble(outline: Any, height: int, width: int) -> str:
         if _outside(polygon[0::2], width) or _outside(polygon[1::2], height):
             return "polygon outside of the picture"
     return ""
-
-
-def _tell(path: Path, broken: Sequence[tuple[str, str]], skip: bool) -> None:
-    counts = Counter(what for what, _ in broken)
-    text = "; ".join(f"{what}: {number} ({_some(where for kind, where in broken if kind == what)})"
-                     for what, number in counts.most_common())
-    if not skip:
-        raise DataError(f"{path}: {len(broken)} broken entries. {text}. Mend the file, or leave them out with --set "
-                        "skip_broken=true.")
-    warnings.warn(f"{path}: left out {len(broken)} broken entries. {text}.", stacklevel=4)
-
-
-def _some(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (", .." if len(names) > most else "")

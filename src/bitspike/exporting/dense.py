@@ -141,6 +141,11 @@ def _write(task: _Task, path: str | os.PathLike[str], min_agreement: float, inne
             if agreement >= min_agreement or not any(folder.lowering.rounded for folder in folders):
                 break
         notes = tuple(note for folder in folders for note in folder.lowering.notes)
+        if agreement < min_agreement and not count:
+            raise ExportError(f"{what}, so there is nothing to compare the integer program on, and nothing was written. Train "
+                              "longer, give pictures that show its classes (calibration_images, check_images; from a RUN those "
+                              "of its data), or lower the score threshold of the detector; min_agreement=0 writes "
+                              "the file unchecked.")
         if agreement < min_agreement:
             raise ExportError(f"the integer program agrees with the torch model on {agreement:.2%} of {what}; "
                               f"{min_agreement:.2%} are asked for, so nothing was written. Calibrate on more or more typical "
@@ -323,7 +328,9 @@ def _region_features(task: _Task) -> dict[str, list[Tensor]]:
     finally:
         handle.remove()
     if not features:
-        raise ExportError("the calibration pictures give no proposals; calibrate on typical ones.")
+        raise ExportError(f"the detector proposes no region in any of the {len(task.calibration)} calibration pictures, so the "
+                          "ranges of its box and mask heads cannot be measured. Is it trained? If so, calibrate on pictures "
+                          "that show its classes.")
     return features
 
 
@@ -348,7 +355,7 @@ def _agreement(pairs: Sequence[tuple[dict[str, NDArray[Any]], dict[str, NDArray[
                 overlaps[:, best] = 0
     what = f"{total} detections " + (f"(the best {_BEST} of each picture)" if few else f"(score of {_SURE} and more)")
     if not total:
-        return 0.0, 0.0, 0, "0 detections: the model finds nothing in the pictures to compare on"
+        return 0.0, 0.0, 0, f"the model finds nothing in the {len(pairs)} pictures to compare on"
     return hits / total, largest, total, what
 
 
