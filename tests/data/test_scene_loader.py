@@ -42,7 +42,7 @@ def same(a, b):
     assert torch.equal(a[0], b[0]) and len(a[1]) == len(b[1])
     for one, two in zip(a[1], b[1], strict=True):
         assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one)
+        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(two[key])) for key in one)
 
 
 @pytest.mark.parametrize("augment", [AUGMENT, replace(AUGMENT, crop=True)])
