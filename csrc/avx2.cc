@@ -212,8 +212,8 @@ struct Avx2 {
     acc[3] = _mm256_add_epi32(acc[3], _mm256_srli_epi32(part, 24));
   }
   static I32 low_nibbles(I32 v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-  // Appends every channel's number, times kEventEntry, as often as its code says.
-  static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
+  // Appends every channel's number times kEventEntry, plus `base`, as often as its code says.
+  static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base) {
     for (int c = 0; c < channels; c += 32) {
       uint8_t last[32] = {};
       const uint8_t* from = codes + c;
@@ -222,7 +222,7 @@ struct Avx2 {
       unsigned has = ~static_cast<unsigned>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())));
       for (; has; has &= has - 1) {
         const int i = static_cast<int>(_mm_popcnt_u32((has & (0u - has)) - 1));
-        for (int n = from[i]; n > 0; --n) to[count++] = static_cast<uint16_t>((c + i) * kEventEntry);
+        for (int n = from[i]; n > 0; --n) to[count++] = static_cast<uint16_t>((c + i) * kEventEntry + base);
       }
     }
     return count;

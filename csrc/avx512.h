@@ -187,12 +187,12 @@ struct Avx512 {
   static I32 majority(I32 a, I32 b, I32 c) { return _mm512_ternarylogic_epi32(a, b, c, 0xe8); }
   static I32 parity(I32 a, I32 b, I32 c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
   static I32 low_nibbles(I32 v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-  // Appends every channel's number, times kEventEntry, as often as its code says, in no order; may write 64 entries too many.
-  static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
-    return cpu_has_avx512_compress() ? append_events_avx512(to, count, codes, channels)
-                                     : append_events_by_16(to, count, codes, channels);
+  // Appends every channel's number times kEventEntry, plus `base`, as often as its code says, in no order; may write 64 entries too many.
+  static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base) {
+    return cpu_has_avx512_compress() ? append_events_avx512(to, count, codes, channels, base)
+                                     : append_events_by_16(to, count, codes, channels, base);
   }
-  static size_t append_events_by_16(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
+  static size_t append_events_by_16(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base) {
     const __m512i numbers = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                                _mm512_set1_epi32(kEventEntry));
     for (int c = 0; c < channels; c += kBytes) {
@@ -203,7 +203,7 @@ struct Avx512 {
            has = _mm512_cmpge_epu8_mask(code, _mm512_set1_epi8(static_cast<char>(++least)))) {
         for (int i = 0; i < kBytes; i += kLanes, has >>= kLanes) {
           const __mmask16 some = static_cast<__mmask16>(has);
-          const __m512i number = _mm512_maskz_compress_epi32(some, _mm512_add_epi32(numbers, _mm512_set1_epi32((c + i) * kEventEntry)));
+          const __m512i number = _mm512_maskz_compress_epi32(some, _mm512_add_epi32(numbers, _mm512_set1_epi32((c + i) * kEventEntry + base)));
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + count), _mm512_cvtepi32_epi16(number));
           count += _mm_popcnt_u32(some);
         }

@@ -251,27 +251,35 @@ void add_nibble_groups(const int8_t* weight, const uint16_t* list, size_t count,
   }
 }
 
-// From accumulators to what the epilogue writes.
+// From the accumulators of one pixel to what the epilogue writes. It holds copies, for the compiler to know that no code that
+// is stored changes them.
 template <class V, int N, class Finish>
-void events_finish(const EventPacking<V>& p, const typename V::I32* acc, size_t y, int o, int outputs,
-                   const typename V::Scale& scale, const Finish& write) {
-  for (int i = 0; i < 4 * N && o < outputs; ++i, o += V::kLanes) {
-    const Requantize<V, Finish::kFits> requantize(p.m + o, p.b + o);
-    write(y + o, o, at_most(outputs - o, V::kLanes), requantize(acc[i], scale));
+struct EventsFinish {
+  const Finish write;
+  const typename V::Scale scale;
+  const int32_t *m, *b;
+  const int o, outputs;
+
+  void operator()(const typename V::I32* acc, size_t y) const {
+    for (int i = 0, at = o; i < 4 * N && at < outputs; ++i, at += V::kLanes) {
+      const Requantize<V, Finish::kFits> requantize(m + at, b + at);
+      write(y + at, at, at_most(outputs - at, V::kLanes), requantize(acc[i], scale));
+    }
   }
-}
+};
 
 // A block of outputs for all pixels of a strip, weights of 4 bits; they are in one chunk.
 template <class V, int N, class Finish>
 void nibble_block(const Conv& c, const EventPacking<V>& p, const EventLists<V>& lists, size_t pixels, const int8_t* weight,
                   size_t y, int o, const typename V::Scale& scale, const Finish& write) {
+  const EventsFinish<V, N, Finish> finish{write, scale, p.m, p.b, o, c.outputs};
   for (size_t i = 0; i < pixels; ++i, y += c.outputs) {
     const uint16_t* list = lists.strip + lists.positions[i];
     const size_t count = lists.positions[i + 1] - lists.positions[i];
     typename V::I32 acc[4 * N];
     if constexpr (V::kCarrySave) add_nibble_groups<V, N>(weight, list, count, acc);
     else add_nibble_events<V, N>(weight, list, count, acc);
-    events_finish<V, N>(p, acc, y, o, c.outputs, scale, write);
+    finish(acc, y);
   }
 }
 
@@ -279,6 +287,7 @@ void nibble_block(const Conv& c, const EventPacking<V>& p, const EventLists<V>& 
 template <class V, int N, class Finish>
 void byte_block(const Conv& c, const EventPacking<V>& p, const EventLists<V>& lists, size_t pixels, const int8_t* weight,
                 size_t y0, int o, const typename V::Scale& scale, const Finish& write) {
+  const EventsFinish<V, N, Finish> finish{write, scale, p.m, p.b, o, c.outputs};
   for (size_t chunk = 0; chunk < p.chunks; ++chunk) {
     const int8_t* w = weight + p.chunk_row(chunk) * p.row_bytes(N);
     const uint32_t* position = lists.positions + chunk;
@@ -291,11 +300,18 @@ void byte_block(const Conv& c, const EventPacking<V>& p, const EventLists<V>& li
       else
         for (int k = 0; k < 4 * N; ++k) acc[k] = V::load(kept + k * V::kLanes);
       add_events<V, N>(w, lists.strip + position[0], position[1] - position[0], *p.budget, acc);
-      if (chunk + 1 == p.chunks) events_finish<V, N>(p, acc, y, o, c.outputs, scale, write);
+      if (chunk + 1 == p.chunks) finish(acc, y);
       else
         for (int k = 0; k < 4 * N; ++k) V::store(kept + k * V::kLanes, acc[k], V::kLanes);
     }
   }
+}
+
+// What the lists of column x count from, modulo 2^16. Where units are whole pixels they run on from pixel to pixel, as rows of
+// weights do from tap to tap: those of neighbours are then one list for a window, wherever that begins.
+template <class V>
+uint16_t list_base(const EventPacking<V>& p, int x) {
+  return p.parts == 1 ? static_cast<uint16_t>(static_cast<uint32_t>(x) * static_cast<uint32_t>(p.part) * kEventEntry) : 0;
 }
 
 // The lists of one row of the input's pixels.
@@ -309,7 +325,7 @@ void list_row(const Conv& c, const EventPacking<V>& p, const uint8_t* image, int
   for (int x = 0; x < c.width; ++x)
     for (size_t part = 0; part < p.parts; ++part) {
       *starts++ = static_cast<uint32_t>(count);
-      count = V::append_events(to, count, codes, static_cast<int>(p.unit_channels(part)));
+      count = V::append_events(to, count, codes, static_cast<int>(p.unit_channels(part)), list_base(p, x));
       codes += p.unit_channels(part);
     }
   *starts = static_cast<uint32_t>(count);
@@ -342,7 +358,7 @@ size_t list_pixel(const Conv& c, const EventPacking<V>& p, const uint8_t* image,
     const size_t channels = p.unit_channels(part), before = count;
     uint16_t* to = lists.strip + count;
     if (inside) {
-      count = V::append_events(lists.strip, count, codes + part * p.part, static_cast<int>(channels));
+      count = V::append_events(lists.strip, count, codes + part * p.part, static_cast<int>(channels), 0);
       if (first > 0) V::copy_events(to, to, count - before, first);
     } else {
       count += lists.pads[part + 1] - lists.pads[part];
@@ -355,7 +371,36 @@ size_t list_pixel(const Conv& c, const EventPacking<V>& p, const uint8_t* image,
   return count;
 }
 
-// The same for several taps.
+// The same for several taps that are one chunk, a row of taps at a time.
+template <class V>
+size_t list_taps(const Conv& c, const EventPacking<V>& p, int top, int left, const EventLists<V>& lists, uint32_t* positions,
+                 size_t count) {
+  uint16_t* const strip = lists.strip;
+  const int right = left + c.kernel_w, x0 = left > 0 ? left : 0, x1 = right < c.width ? right : c.width;
+  const size_t pads = lists.pads[1], start = count;
+  const uint16_t* const pad = lists.pad;
+  const uint16_t step = static_cast<uint16_t>(p.part * kEventEntry);
+  uint16_t first = 0;  // of this row's taps
+  positions[0] = static_cast<uint32_t>(count);
+  for (int y = top; y < top + c.kernel_h; ++y) {
+    const bool inside = y >= 0 && y < c.height && x0 < x1;
+    if (inside) {
+      const size_t slot = y % c.kernel_h;
+      const uint32_t* starts = lists.starts + slot * (c.width + 1);
+      const size_t n = starts[x1] - starts[x0];
+      V::copy_events(strip + count, lists.rows + slot * lists.row + starts[x0], n,
+                     static_cast<uint16_t>(first - list_base(p, left)));
+      count += n;
+    }
+    for (int x = left; x < right; ++x, first = static_cast<uint16_t>(first + step))
+      if (pads > 0 && !(inside && x >= x0 && x < x1)) V::copy_events(strip + count, pad, pads, first), count += pads;
+  }
+  count = end_list<V>(p, strip, start, count, p.rows);
+  positions[1] = static_cast<uint32_t>(count);
+  return count;
+}
+
+// The same for any taps.
 template <class V>
 size_t list_window(const Conv& c, const EventPacking<V>& p, int top, int left, const EventLists<V>& lists,
                    uint32_t* positions, size_t count) {
@@ -383,7 +428,8 @@ size_t list_window(const Conv& c, const EventPacking<V>& p, int top, int left, c
           in_chunk = 1, row = 0;
         }
         const size_t n = at[i + 1] - at[i];
-        V::copy_events(strip + count, from + at[i], n, static_cast<uint16_t>(row * kEventEntry));
+        V::copy_events(strip + count, from + at[i], n,
+                       static_cast<uint16_t>(row * kEventEntry - (here ? list_base(p, x) : 0)));
         count += n;
         row += parts == 1 ? part : p.unit_channels(i);
       }
@@ -423,7 +469,7 @@ void events_rows(const Conv& c, const EventPacking<V>& p, const void* image, int
       } else {
         if (listed < top) listed = top;
         for (; listed < top + c.kernel_h && listed < c.height; ++listed) list_row<V>(c, p, codes, listed, lists);
-        count = list_window<V>(c, p, top, left, lists, positions, count);
+        count = (p.chunks == 1 && p.parts == 1 ? list_taps<V> : list_window<V>)(c, p, top, left, lists, positions, count);
       }
       ++ox;
     }

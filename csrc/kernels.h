@@ -224,7 +224,7 @@ double spin_popcount_avx512(size_t rounds);
 bool cpu_has_avx512_popcount();  // dispatch.cc
 
 // avx512_compress.cc, for CPUs with VBMI2: see append_events in avx512.h.
-size_t append_events_avx512(uint16_t* to, size_t count, const uint8_t* codes, int channels);
+size_t append_events_avx512(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base);
 bool cpu_has_avx512_compress();  // dispatch.cc
 #endif
 

@@ -242,7 +242,7 @@ struct Neon : NeonCodes<kDot> {
     for (int j = 0; j < 4; ++j) acc[j] = vaddq_s32(acc[j], vandq_s32(shift_right_zero(part, 8 * j), low));
   }
   static I32 low_nibbles(I32 v) { return vandq_s32(v, vreinterpretq_s32_s8(vdupq_n_s8(15))); }
-  static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels) {
+  static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base) {
     for (int c = 0; c < channels; c += kBytes) {
       uint8_t last[kBytes] = {};
       const uint8_t* from = codes + c;
@@ -252,7 +252,7 @@ struct Neon : NeonCodes<kDot> {
       uint64_t has = vget_lane_u64(vreinterpret_u64_u8(vshrn_n_u16(vreinterpretq_u16_u8(vtstq_u8(v, v)), 4)), 0);
       while (has) {
         const int i = __builtin_ctzll(has) >> 2;
-        for (int n = from[i]; n > 0; --n) to[count++] = static_cast<uint16_t>((c + i) * kEventEntry);
+        for (int n = from[i]; n > 0; --n) to[count++] = static_cast<uint16_t>((c + i) * kEventEntry + base);
         has &= ~(uint64_t{15} << (4 * i));
       }
     }
