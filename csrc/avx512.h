@@ -51,7 +51,6 @@ struct Avx512 {
     return _mm512_set1_epi32(unit);
   }
   static I32 dot(I32 acc, I32 codes, I32 weights) { return _mm512_dpbusd_epi32(acc, codes, weights); }
-  static I32 dot16(I32 acc, I32 code, I32 weight) { return _mm512_dpwssd_epi32(acc, code, weight); }
 
   static I32 widen_u8(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -220,7 +219,6 @@ struct Avx512 {
       i += 32;
     } while (i < n);
   }
-  static I32 multiply_add(I32 acc, I32 a, I32 b) { return _mm512_add_epi32(acc, _mm512_mullo_epi32(a, b)); }
   static I32 more(I32 a, I32 b) { return _mm512_movm_epi32(_mm512_cmpgt_epi32_mask(a, b)); }
   static I32 not_(I32 a) { return _mm512_xor_si512(a, _mm512_set1_epi32(-1)); }
   static I32 and_(I32 a, I32 b) { return _mm512_and_si512(a, b); }

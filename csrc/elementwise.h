@@ -1,6 +1,7 @@
 // The other vector kernels over the primitives of tiles.h. Plain loops here are left to the compiler's vectorizer,
 // which has this file's instruction set too; where it would lose (int64 products, saturation) primitives are used.
 #pragma once
+#include "attention.h"
 #include "events.h"
 #include "maps.h"
 #include "neurons.h"
@@ -96,54 +97,6 @@ inline void maxpool(const Pool& p, const void* image, int row0, int row1, void* 
     maxpool_rows(p, static_cast<const int8_t*>(image), row0, row1, static_cast<int8_t*>(out));
   else
     maxpool_rows(p, static_cast<const int32_t*>(image), row0, row1, static_cast<int32_t*>(out));
-}
-
-// Scratch: v widened, int32 [tokens, d]; then k^T v, int32 [d, d]; both with d rounded up to whole vectors.
-template <class V>
-size_t attention_scratch_bytes(const Attention& a) {
-  const size_t d = a.head_channels;
-  return sizeof(int32_t) * round_up(d, V::kLanes) * (a.tokens + d);
-}
-
-template <class V>
-void attention(const Attention& a, const uint8_t* q, const uint8_t* k, const uint8_t* v, int32_t* y, void* scratch) {
-  using I32 = typename V::I32;
-  constexpr size_t kRows = 4;  // rows per register block; the last block repeats its last row
-  const size_t d = a.head_channels, step = a.channels, tokens = a.tokens, width = round_up(d, V::kLanes);
-  int32_t* wide = static_cast<int32_t*>(scratch);
-  int32_t* kv = wide + tokens * width;
-  memset(wide, 0, tokens * width * sizeof(int32_t));
-  for (size_t n = 0; n < tokens; ++n)
-    for (size_t j = 0; j < d; ++j) wide[n * width + j] = v[n * step + j];
-  for (size_t i = 0; i < d; i += kRows) {
-    const size_t rows = d - i < kRows ? d - i : kRows;
-    const uint8_t* from[kRows];
-    for (size_t r = 0; r < kRows; ++r) from[r] = k + i + (r < rows ? r : rows - 1);
-    for (size_t j = 0; j < width; j += V::kLanes) {
-      I32 acc[kRows] = {V::zero(), V::zero(), V::zero(), V::zero()};
-      for (size_t n = 0; n < tokens; ++n) {
-        const I32 codes = V::load(wide + n * width + j);
-        for (size_t r = 0; r < kRows; ++r) acc[r] = V::dot16(acc[r], codes, V::splat(from[r][n * step]));
-      }
-      for (size_t r = 0; r < rows; ++r) V::store(kv + (i + r) * width + j, acc[r], V::kLanes);
-    }
-  }
-  const typename V::Scale scale(a.shift);
-  const typename V::Factor m(int64_t{a.m}), zero(int64_t{0});
-  for (size_t n = 0; n < tokens; n += kRows) {
-    const size_t rows = tokens - n < kRows ? tokens - n : kRows;
-    const uint8_t* from[kRows];
-    for (size_t r = 0; r < kRows; ++r) from[r] = q + (n + (r < rows ? r : rows - 1)) * step;
-    for (size_t j = 0; j < d; j += V::kLanes) {
-      const int lanes = d - j < V::kLanes ? static_cast<int>(d - j) : V::kLanes;
-      I32 acc[kRows] = {V::zero(), V::zero(), V::zero(), V::zero()};
-      for (size_t i = 0; i < d; ++i) {
-        const I32 row = V::load(kv + i * width + j);
-        for (size_t r = 0; r < kRows; ++r) acc[r] = V::multiply_add(acc[r], row, V::splat(from[r][i]));
-      }
-      for (size_t r = 0; r < rows; ++r) V::store(y + (n + r) * step + j, V::requant(acc[r], m, zero, scale), lanes);
-    }
-  }
 }
 
 // mean and lookup have no vector version: they are a small part of every network.

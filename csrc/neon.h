@@ -159,7 +159,6 @@ struct Neon : NeonCodes<kDot> {
 
   static I32 clip(I32 v, int32_t lo, int32_t hi) { return vminq_s32(vmaxq_s32(v, vdupq_n_s32(lo)), vdupq_n_s32(hi)); }
   static I32 multiply(I32 a, I32 b) { return vmulq_s32(a, b); }
-  static I32 multiply_add(I32 acc, I32 a, I32 b) { return vmlaq_s32(acc, a, b); }
   static I32 add(I32 a, I32 b) { return vaddq_s32(a, b); }
   static I32 sub(I32 a, I32 b) { return vsubq_s32(a, b); }
   static I32 add_saturating(I32 a, I32 b) { return vqaddq_s32(a, b); }
