@@ -269,3 +269,15 @@ def test_what_is_refused(network: Path, recording: Path, tmp_path: Path, capsys)
         message = capsys.readouterr().err
         assert "none.aedat: there is no such file" in message and f"{tmp_path}: this is a folder" in message
         assert "Errno" not in message
+
+
+@pytest.mark.parametrize("wanted", [[], ["--stream"]])
+def test_an_event_outside_the_sensor_is_not_silent(network, tmp_path, capsys, wanted):
+    """One damaged coordinate shrinks every other event: the decision may be another one."""
+    random = np.random.default_rng(1)
+    x = random.integers(0, 16, 300)
+    for name, last in (("good.npy", 15), ("bad.npy", 900)):
+        x[-1] = last
+        write(tmp_path / name, events(np.arange(300) * 10, x, random.integers(0, 16, 300), np.zeros(300, int)), "npy")
+        assert call(["run", str(network), str(tmp_path / name), *wanted]) == 0
+        assert ("trained on a sensor of 16 x 16" in capsys.readouterr().err) == (last == 900)

@@ -103,9 +103,14 @@ def _sensor(net: Net, size: tuple[int, int] | None, extent: tuple[int, int]) -> 
     if size is not None:
         return size
     known = _trained(net).get("sensor")
-    if isinstance(known, list) and len(known) == 2 and known[0] >= extent[0] and known[1] >= extent[1]:
-        return int(known[0]), int(known[1])
-    return max(1, extent[0]), max(1, extent[1])
+    found = max(1, extent[0]), max(1, extent[1])
+    if isinstance(known, list) and len(known) == 2:
+        if known[0] >= extent[0] and known[1] >= extent[1]:
+            return int(known[0]), int(known[1])
+        warn(f"Events reach column {found[1] - 1} and row {found[0] - 1}, and the network was trained on a sensor of "
+             f"{known[1]} x {known[0]} pixels. Taken: a sensor of {found[1]} x {found[0]}, shrunk to the network's size. If "
+             "only a few events lie outside, they are damaged: leave them out, or all others are shrunk with them.")
+    return found
 
 
 def read_frames(path: Path, net: Net, prefix: bool = False) -> np.ndarray:
