@@ -169,12 +169,12 @@ def test_a_stream_as_lines(network: Path, recording: Path, capsys):
 
 def test_an_interrupted_stream_says_what_it_saw(network: Path, recording: Path, tmp_path: Path):
     """Ctrl-C: a summary, one calm line, no file."""
-    words = ["run", str(network), str(recording), "--stream", "--speed", "0.004", "--save", str(tmp_path / "a.gif")]
+    words = ["run", str(network), str(recording), "--stream", "--speed", "0.001", "--save", str(tmp_path / "a.gif")]
     play = subprocess.Popen([sys.executable, "-c", "import sys; from bitspike.cli import main; main()", *words],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "PYTHONUNBUFFERED": "1"})
     assert play.stdout is not None
-    first = play.stdout.readline()  # the first round, after a second at this pace
+    first = play.stdout.readline()  # the first round, four of ten seconds on
     play.send_signal(signal.SIGINT)
     out, err = play.communicate(timeout=20)
     seen = re.search(r"(\d+) windows, ", out)
