@@ -170,7 +170,8 @@ def test_a_stream_as_lines(network: Path, recording: Path, capsys):
 def test_an_interrupted_stream_says_what_it_saw(network: Path, recording: Path, tmp_path: Path):
     """Ctrl-C: a summary, one calm line, no file."""
     words = ["run", str(network), str(recording), "--stream", "--speed", "0.001", "--save", str(tmp_path / "a.gif")]
-    play = subprocess.Popen([sys.executable, "-c", "import sys; from bitspike.cli import main; main()", *words],
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from bitspike.cli import main; main()"
+    play = subprocess.Popen([sys.executable, "-c", start, *words],  # the handler: a job in the background ignores SIGINT
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "PYTHONUNBUFFERED": "1"})
     assert play.stdout is not None
