@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from bitspike.checkpoints import load_run
 from bitspike.data import load as load_data
 from bitspike.deploy import Segmenter, load
-from bitspike.exporting.dense import torch_labels
+from bitspike.exporting.dense import torch_labels, torch_logits
 from bitspike.exporting.export import normalised
 from bitspike.models.detection import in_picture
 
@@ -50,7 +50,7 @@ def main(run: str, file: str, data: str, pictures: int = 16, threads: int = 1) -
             x = normalised(scene.pixels[None], mean, std)
             size, original = torch.tensor(scene.size), torch.tensor(scene.original)
             if isinstance(net, Segmenter):
-                torch_labels(model(x), scene)
+                torch_labels(torch_logits(model, x, net.windows), scene)
             else:
                 in_picture(model.detect(x, [{"size": size}])[0], size, original)
 

@@ -67,7 +67,7 @@ def test_segmentation(files, photos, capsys):
 @pytest.mark.parametrize("kind", list(ALL))
 def test_drawings(files, photos, tmp_path, kind, capsys):
     one = tmp_path / "out.png"
-    more = ("--score", "0.05") if kind != "segmenter" else ()
+    more = ("--score", "0.05") if kind in ("anchors", "regions") else ()
     assert call("run", files / f"{kind}.bitspike", photos / "a.png", "--save", one, *more) == 0
     assert f"-> {one}" in capsys.readouterr().out
     drawn = np.asarray(Image.open(one))

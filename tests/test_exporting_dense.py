@@ -20,7 +20,7 @@ from bitspike.exporting import ExportError, export_detector, export_segmenter  #
 from bitspike.layers import latent_weight, norms_anew, quantize_  # noqa: E402
 from bitspike.models import detection as det  # noqa: E402
 from bitspike.models.blocks import SpikeConv  # noqa: E402
-from bitspike.models.segmentation import semantic_fpn_small  # noqa: E402
+from bitspike.models.segmentation import predicted_logits, semantic_fpn_small, slide  # noqa: E402
 from bitspike.neurons import IELIF  # noqa: E402
 from bitspike.profiling import profile  # noqa: E402
 from bitspike.spec import QuantSpec, Scheme  # noqa: E402
@@ -102,6 +102,44 @@ def test_a_segmenter_gives_torchs_pixels(segmenter, tmp_path):
             expected = segmenter(x)[0].permute(1, 2, 0).numpy()
         assert np.abs(net.outputs(net.scene(picture))[0] - expected).max() < 1e-4
         assert net([picture])[0].shape == picture.shape[:2]
+
+
+@pytest.mark.parametrize("how", [Letterbox(150, 0, 32, (128, 128, 128)), Letterbox(61, 87, 32, (128, 128, 128))])
+def test_windows_give_torchs_pixels(segmenter, tmp_path, how):
+    """Several windows each way, and pictures that are smaller than one."""
+    window, given = 96, [*pictures(3), pictures(1)[0][:37, :41]]
+    report = export_segmenter(segmenter, tmp_path / "a.bitspike", mean=MEAN, std=STD, letterbox=how,
+                              classes=[f"class {i}" for i in range(5)], calibration_images=given, name="small", window=window)
+    assert report.agreement >= 0.99
+    net = load(tmp_path / "a.bitspike")
+    assert net.header["windows"] == {"side": 96, "step": 64}
+    counts, same, pixels = set(), 0, 0
+    for picture in given:
+        scene = net.scene(picture)
+        counts.add(len(list(net.in_windows(scene))))
+        x = (torch.from_numpy(scene.pixels.copy()).permute(2, 0, 1)[None].float() / 255 - MEAN[0]) / STD[0]
+        logits = slide(segmenter, x, window)
+        found = net.logits(scene)
+        np.testing.assert_allclose(found, logits[0].permute(1, 2, 0), atol=1e-4)
+        wanted = predicted_logits(logits[0], scene.pixels.shape[:2], scene.size, scene.original).argmax(0).numpy()
+        answer = net([picture])[0]
+        assert answer.shape == picture.shape[:2]
+        same, pixels = same + int((answer == wanted).sum()), pixels + wanted.size
+    assert same / pixels >= 0.99
+    assert counts == {6 if how.short == 150 else 1}
+
+
+def test_a_profile_counts_windows(segmenter, tmp_path):
+    for name, more in (("whole", {}), ("windows", {"window": 64})):
+        written(segmenter, tmp_path / name, min_agreement=0, **more)
+    whole, windows = (profile(tmp_path / name, pictures(1)) for name in ("whole", "windows"))
+    for one, many in zip(whole.layers, windows.layers, strict=True):  # the canvas is 64 x 96: two windows
+        assert (many.macs, many.weights) == (one.macs * 2 * 64 // 96, one.weights)
+
+
+def test_a_window_must_fit_the_borders(segmenter, tmp_path):
+    with pytest.raises(ExportError, match=r"window=70: it must be a multiple of 32"):
+        written(segmenter, tmp_path / "a.bitspike", window=70)
 
 
 @pytest.mark.parametrize("kind", ["mask_rcnn", "faster_rcnn", "retinanet"])

@@ -52,7 +52,8 @@ class Recipe:
     two numbers of `scales`, and crop="random" then cuts a square of image_size. `colour_jitter` changes brightness, contrast
     and saturation by up to that share. `auxiliary` weighs the loss of an auxiliary head. `skip_broken` leaves pictures
     with broken annotations out instead of refusing the data. `pictures` takes only so many of the training pictures, evenly
-    spaced (0: all). `window`: in evaluation a segmenter sees overlapping squares of that side (0: the whole picture).
+    spaced (0: all). `window`: in evaluation, and from a file, a segmenter sees overlapping squares of that side (0: the whole
+    picture).
     Steps: `batch_size` is that of one optimizer step, over all processes and `accumulate` parts. With `sync_norm` batch norms
     take their statistics from all processes, so that several train what one does; without, each from its own part.
     objective: `objective(model, recipe, loss) -> loss` lets a paper replace the loss; it is called once, with the model on
@@ -303,7 +304,8 @@ class Recipe:
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("batch_size accumulate image_size validate_every", "an integer of at least 1", lambda v: v >= 1),
     ("bits", "1..8, or 32 for float weights", lambda v: v in (*range(1, 9), 32)),
-    ("workers translate cutout frames long_side pictures window", "an integer of at least 0", lambda v: v >= 0),
+    ("workers translate cutout frames long_side pictures", "an integer of at least 0", lambda v: v >= 0),
+    ("window", "0, or a multiple of 32, as the sides of padded pictures are", lambda v: v >= 0 and v % 32 == 0),
     ("epochs lr temperature", "a finite number above 0", lambda v: 0 < v < math.inf),
     ("weight_decay plain_lr scale_lr head_lr warmup_epochs warmup_lr min_lr grad_clip mixup cutmix mixup_off_epoch "
      "spike_penalty regulation distill auxiliary colour_jitter", "a finite number of at least 0", lambda v: 0 <= v < math.inf),

@@ -43,6 +43,12 @@ def segmenter(seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return _header("segmentation", program, output="y", stride=2), t
 
 
+def windowed(seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A segmenter that sees overlapping squares of 16 pixels."""
+    header, tensors = segmenter(seed)
+    return {**header, "windows": {"side": 16, "step": 10}}, tensors
+
+
 def _levels(t: _Tensors, each: int, maps: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Two levels, strides 4 and 8, three anchors each."""
     program, levels = [], []
@@ -86,4 +92,4 @@ def regions(seed: int = 0, masks: bool = True) -> tuple[dict[str, Any], dict[str
     return _header("detection", program, detection=detection), t
 
 
-ALL = {"segmenter": segmenter, "anchors": anchors, "regions": regions}
+ALL = {"segmenter": segmenter, "windowed": windowed, "anchors": anchors, "regions": regions}

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitspike.deploy import Detector, ImageError, Net, Segmenter, kernels, load, load_classifier
+from bitspike.deploy import Detector, ImageError, Net, Segmenter, kernels, load, load_classifier, resample
 from bitspike.deploy.artifact import encode, parse, write
 from bitspike.deploy.errors import ArtifactError
+from bitspike.deploy.preprocess import Scene
 
 from .random_programs import random_artifact
 from .small_scenes import ALL, anchors, regions, segmenter
@@ -70,6 +71,28 @@ def test_a_canvas_is_what_evaluation_makes_of_a_picture():
     scene = net.scene(pictures()[2])  # 33 x 70: the long side decides
     assert (scene.size, scene.pixels.shape, scene.original) == ((14, 30), (16, 32, 3), (33, 70))
     assert scene.pixels[-1, -1].tolist() == [9, 8, 7]
+
+
+def test_windows():
+    """Logits of overlapping windows, enlarged to pixels, are averaged; a picture within a window is seen whole."""
+    whole, net = net_of("segmenter"), net_of("windowed")
+    assert net.input_shape == (16, 24, 3) and net.program.values["pixels"].width == 16 and whole.windows is None
+    scene = net.scene(pictures()[2])  # 16 x 32: windows at 0, 10 and 16
+    total, count = np.zeros((16, 32, 2)), np.zeros((16, 32, 1))
+    for left in (0, 10, 16):
+        part = Scene(np.ascontiguousarray(scene.pixels[:, left : left + 16]), (16, 16), (16, 16))
+        total[:, left : left + 16] += resample.bilinear(whole.outputs(part)[0], 16, 16)
+        count[:, left : left + 16] += 1
+    np.testing.assert_allclose(net.logits(scene), total / count, rtol=1e-5, atol=1e-5)
+    answer = resample.bilinear((total / count)[: scene.size[0], : scene.size[1]], *scene.original).argmax(-1)
+    assert (net.labels(scene) == answer).mean() > 0.99
+    small = net.scene(pictures()[0][:, :16])
+    np.testing.assert_array_equal(net.labels(small), whole.labels(small))
+    header, tensors = ALL["windowed"]()
+    header["windows"] = {"side": 8, "step": 2}
+    header["input"]["letterbox"] |= {"short": 2000, "long": 0}
+    with pytest.raises(ImageError, match="at most 4096 are allowed"):
+        Segmenter(parse(encode(header, tensors)))(pictures()[:1])
 
 
 def test_nothing_found():
@@ -164,6 +187,15 @@ BROKEN: list[tuple[str, Change, str]] = [
     ("segmenter", put("input", "letterbox", "short", 1 << 15), "short"),
     ("segmenter", put("input", "letterbox", "colour", 3), "colour"),
     ("segmenter", put("program", 1, "factor", 3), "power of two"),
+    ("windowed", put("windows", "side", 12), "multiple of the letterbox's 8"),
+    ("windowed", put("windows", "side", 0), "side"),
+    ("windowed", put("windows", "side", 16.0), "side"),
+    ("windowed", put("windows", "step", 3), "integer 4..16"),
+    ("windowed", put("windows", "step", 17), "integer 4..16"),
+    ("windowed", put("windows", "step", None), "missing"),
+    ("windowed", put("windows", "more", 1), "unknown"),
+    ("windowed", put("windows", 16), "must be an object"),
+    ("anchors", put("windows", {"side": 16, "step": 10}), "unknown"),
     ("segmenter", put("program", 1, "factor", 64), "factor"),
     ("segmenter", put("program", 1, "mode", "cubic"), "mode"),
     ("segmenter", put("program", 1, "in", ["pixels"]), "kind i32"),

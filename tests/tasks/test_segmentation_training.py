@@ -165,6 +165,19 @@ def test_distillation_from_a_segmenter(data, tmp_path):
     assert 0 <= result["test_miou"] <= 100
 
 
+def test_a_file_sees_the_windows_of_evaluation(data, tmp_path):
+    from bitspike.cli.files import evaluate_file, export_run
+
+    train(RECIPE, data, tmp_path / "run", overrides={
+        "window": "32", "image_size": "60", "crop": "whole", "optimizer": "muon", "lr": "0.03", "batch_size": "2"})
+    model, recipe = load_run(tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "a.bitspike", Path(data))
+    one, two = evaluate(model, recipe, data), evaluate_file(str(tmp_path / "a.bitspike"), Path(data), "test")
+    whole = evaluate(model, replace(recipe, window=0), data)
+    assert abs(one["loss"] - two["loss"]) < 1e-3 < 5e-3 < abs(one["loss"] - whole["loss"])
+    assert abs(one["miou"] - two["miou"]) < 0.5 and abs(one["pixel_accuracy"] - two["pixel_accuracy"]) < 0.5
+
+
 def test_bfloat16_trains_and_float32_measures(data, tmp_path):
     """accelerate casts in the model's forward for good; the evaluation within the training must not see that."""
     last = train(RECIPE, data, tmp_path / "run", overrides={"precision": "bf16", "epochs": "1", "ema": "0"})

@@ -3,12 +3,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitspike.cli.messages import warn
 from bitspike.deploy import Detector, Segmenter
 from bitspike.deploy.fields import printable
 from bitspike.deploy.tasks import Letterbox
@@ -51,8 +51,9 @@ def _write(model: nn.Module, recipe: Recipe, output: Path, classes: Iterable[str
     from bitspike.exporting import export_detector, export_segmenter
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    write = export_detector if recipe.task == "detection" else export_segmenter
-    return write(model, output, mean=recipe.mean, std=recipe.std, letterbox=letterbox_of(recipe, model), classes=list(classes),
+    write = export_detector if recipe.task == "detection" else partial(export_segmenter, window=recipe.window)
+    mean = recipe.mean * 3 if len(recipe.mean) == 1 else recipe.mean  # scenes have three channels
+    return write(model, output, mean=mean, std=recipe.std, letterbox=letterbox_of(recipe, model), classes=list(classes),
                  calibration_images=calibration, check_images=check, name=recipe.name, provenance=provenance,
                  time_steps=int(getattr(getattr(model, "dense", model).backbone, "time_steps", 1)),
                  min_agreement=min_agreement)
@@ -63,8 +64,6 @@ def export_run(model: nn.Module, recipe: Recipe, output: Path, data_dir: Path | 
     """Export a trained network, calibrated on training pictures and compared on test pictures of its own data."""
     from bitspike.data import load as load_data
 
-    if recipe.window:
-        warn(f"{recipe.name} is evaluated in windows of {recipe.window} pixels; the file sees whole pictures.")
     data = load_data(recipe.data, data_dir, None, recipe.skip_broken)
     train, test = _scenes(data.split("train")), _scenes(data.split("test"))
     if recipe.task == "detection":  # detections are fewer than pixels, and their edges are a matter of thresholds
@@ -152,7 +151,7 @@ def evaluate_file(net: Segmenter | Detector, target: str, name: str, data_dir: P
         else:
             net.labels(scene, threads)
             seconds += time.perf_counter() - began
-            logits = torch.from_numpy(net.outputs(scene, threads)[0]).permute(2, 0, 1)[None]
+            logits = torch.from_numpy(net.logits(scene, threads)).permute(2, 0, 1)[None]
             sizes = {"canvas": scene.pixels.shape[:2], "size": scene.size, "original_size": scene.original}
             meter.add(logits, [{**truth, **{key: torch.tensor(size) for key, size in sizes.items()}}])
     result = meter.compute()

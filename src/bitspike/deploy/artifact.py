@@ -28,10 +28,12 @@ from bitspike.deploy.tasks import (
     TASKS,
     Detection,
     Letterbox,
+    Windows,
     check_letterbox,
     check_maps,
     check_parts,
     check_segmentation,
+    check_windows,
     read_detection,
 )
 
@@ -53,7 +55,8 @@ class Artifact:
     """A checked artifact: the header as in the file, its tensors (read-only), and the program with tensors resolved.
 
     task: "classification", "segmentation" or "detection". detection: how a detector's maps become boxes, with its other
-    programs. letterbox: how a picture of any size meets the program, if it does.
+    programs. letterbox: how a picture of any size meets the program, if it does. windows: of a segmenter that sees a picture in
+    parts; the program is then checked at the size of a window.
     """
 
     header: Mapping[str, Any]
@@ -61,6 +64,7 @@ class Artifact:
     program: Program
     detection: Detection | None = None
     letterbox: Letterbox | None = None
+    windows: Windows | None = None
 
     @property
     def task(self) -> str:
@@ -73,7 +77,7 @@ class Artifact:
         Errors: ArtifactError: it does not fit that size, or is too large there.
         """
         source = self.header["input"]
-        if (height, width) == (source["height"], source["width"]):
+        if (height, width) == _shown_at(source, self.windows):
             return self.program
         if max(height, width) > MAX_SIDE:
             raise ArtifactError(f"an input of {height} x {width}; at most {MAX_SIDE} a side are allowed")
@@ -164,6 +168,12 @@ def _tensors(table: Mapping[str, Any], body: memoryview) -> dict[str, NDArray[An
     return {name: _array(body[start:end], dtype, shape) for name, (start, end, dtype, shape) in places.items()}
 
 
+def _shown_at(source: Mapping[str, Any], windows: Windows | None) -> tuple[int, int]:
+    """The size at which the program of a file is checked: its input's, or that of a window of it."""
+    size = source["height"], source["width"]
+    return windows.shape(*size) if windows is not None else size
+
+
 def _check_task(header: Mapping[str, Any], program: Program, detection: Detection | None, height: int, width: int) -> int:
     """What the program writes is what the task needs; returns the channels of a detector's maps."""
     classes = len(header["classes"])
@@ -209,8 +219,13 @@ def _check_header(header: dict[str, Any], tensors: Mapping[str, NDArray[Any]]) -
     fraction_bits = fields.integer("fraction_bits", 0, 30)
     detection = read_detection(fields.get("detection")) if task == "detection" else None
     outputs = [fields.text("output")] if detection is None else detection.outputs
+    windows = None
     if task == "segmentation":
         fields.integer("stride", 1, MAX_SIDE)
+        if fields.has("windows"):
+            assert letterbox is not None
+            windows = check_windows(fields.get("windows"), "header 'windows'", letterbox.multiple)
+            height, width = windows.shape(height, width)
     listing = fields.get("program")
     fields.get("format_version")
     fields.done()
@@ -224,7 +239,7 @@ def _check_header(header: dict[str, Any], tensors: Mapping[str, NDArray[Any]]) -
     idle = sorted(set(tensors) - used)
     if idle:
         raise ArtifactError(f"tensor {shown(idle[0])} is used by no op; every tensor of a file must be")
-    return Artifact(header, tensors, program, detection, letterbox)
+    return Artifact(header, tensors, program, detection, letterbox, windows)
 
 
 def parse(data: bytes | mmap.mmap) -> Artifact:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,8 @@ from bitspike.deploy.executor import Executor, thread_count
 from bitspike.deploy.opened import Opened
 from bitspike.deploy.ops import Array
 from bitspike.deploy.preprocess import Scene, letterbox, open_picture
-from bitspike.deploy.resample import labels
-from bitspike.deploy.tasks import Detection, Part
+from bitspike.deploy.resample import joined, labels
+from bitspike.deploy.tasks import Detection, Part, Windows
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,6 +31,8 @@ _Call = Callable[[str, Executor, NDArray[np.uint8]], list[Array]]
 
 MAX_CANVASES = 8              # sizes of pictures whose program is kept ready
 MAX_MASK_BYTES = 1 << 30      # of one picture's masks
+MAX_WINDOWS = 4096            # of one picture
+MAX_LOGIT_BYTES = 1 << 30     # of one picture's windows
 REGION_BYTES = 32 << 20       # of the regions that are looked at together
 
 
@@ -81,9 +83,12 @@ class DenseNet(Opened):
             return found
 
     def outputs(self, scene: Scene, threads: int | None = None) -> list[NDArray[np.float32]]:
-        """What the program says of a scene: one map `[h, w, C]` per output, potentials as float32."""
-        run = self.executor(*scene.pixels.shape[:2])
-        return [run.real(y[0, 0]) for y in run.outputs(scene.pixels[None, None], thread_count(threads))]
+        """What the program says of a whole scene: one map `[h, w, C]` per output, potentials as float32."""
+        return self._outputs(scene.pixels, threads)
+
+    def _outputs(self, pixels: NDArray[np.uint8], threads: int | None) -> list[NDArray[np.float32]]:
+        run = self.executor(pixels.shape[0], pixels.shape[1])
+        return [run.real(y[0, 0]) for y in run.outputs(pixels[None, None], thread_count(threads))]
 
 
 def _each(pictures: Iterable[Picture]) -> Iterable[Picture]:
@@ -103,6 +108,11 @@ class Segmenter(DenseNet):
 
     task = "segmentation"
 
+    @property
+    def windows(self) -> Windows | None:
+        """In which squares a picture is seen; None: whole."""
+        return self._artifact.windows
+
     def __call__(self, pictures: Iterable[Picture], threads: int | None = None) -> list[NDArray[np.integer[Any]]]:
         """The class of every pixel, uint8 `[H, W]` (uint16 for more than 256 classes), of pictures of any size.
 
@@ -117,8 +127,56 @@ class Segmenter(DenseNet):
 
     def labels(self, scene: Scene, threads: int | None = None) -> NDArray[np.integer[Any]]:
         """The class of every pixel of a scene's own picture."""
-        logits = self.outputs(scene, threads)[0]
-        return labels(logits, (scene.pixels.shape[0], scene.pixels.shape[1]), scene.size, scene.original)
+        canvas = scene.pixels.shape[0], scene.pixels.shape[1]
+        return labels(self._cells(scene, threads), canvas, scene.size, scene.original, self._starts(*canvas))
+
+    def logits(self, scene: Scene, threads: int | None = None) -> NDArray[np.float32]:
+        """Logits of a scene `[h, w, K]`, one per cell; of a network that sees windows one per pixel, their mean."""
+        cells = self._cells(scene, threads)
+        if self.windows is None:
+            return cells
+        height, width = scene.pixels.shape[:2]
+        rows, columns = self._starts(height, width)
+        down, across = joined(cells.shape[0], height, rows), joined(cells.shape[1], width, columns)
+        return np.tensordot(down, np.matmul(across, cells), 1)
+
+    def in_windows(self, scene: Scene) -> Iterator[NDArray[np.uint8]]:
+        """The parts of a scene's canvas that the program sees, row by row; its whole where there are no windows."""
+        height, width = scene.pixels.shape[:2]
+        h, w = (height, width) if self.windows is None else self.windows.shape(height, width)
+        rows, columns = self._starts(height, width)
+        for top in rows:
+            for left in columns:
+                yield np.ascontiguousarray(scene.pixels[top : top + h, left : left + w])
+
+    def _starts(self, height: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Rows and columns of a canvas where windows begin. Errors: ImageError: too many."""
+        if self.windows is None:
+            return (0,), (0,)
+        rows, columns = self.windows.starts(height), self.windows.starts(width)
+        if len(rows) * len(columns) > MAX_WINDOWS:
+            raise ImageError(f"a picture of {height} x {width} pixels after scaling has {len(rows)} x {len(columns)} windows; "
+                             f"at most {MAX_WINDOWS} are allowed. Make the picture smaller")
+        return rows, columns
+
+    def _cells(self, scene: Scene, threads: int | None) -> NDArray[np.float32]:
+        """The logits of all windows side by side, as `resample.joined` takes them. Errors: ImageError: too many."""
+        rows, columns = self._starts(*scene.pixels.shape[:2])
+        found: NDArray[np.float32] | None = None
+        for i, part in enumerate(self.in_windows(scene)):
+            logits = self._outputs(part, threads)[0]
+            if len(rows) * len(columns) == 1:
+                return logits
+            h, w, classes = logits.shape
+            if found is None:
+                if len(rows) * len(columns) * logits.nbytes > MAX_LOGIT_BYTES:
+                    raise ImageError(f"the logits of {len(rows)} x {len(columns)} windows take more than {MAX_LOGIT_BYTES} "
+                                     "bytes. Make the picture smaller")
+                found = np.empty((len(rows) * h, len(columns) * w, classes), np.float32)
+            top, left = divmod(i, len(columns))
+            found[top * h : (top + 1) * h, left * w : (left + 1) * w] = logits
+        assert found is not None
+        return found
 
 
 class Detector(DenseNet):

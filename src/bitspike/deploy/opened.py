@@ -25,7 +25,7 @@ class Opened:
     @property
     def program(self) -> Program:
         """The checked program that sees the whole picture: ops with their layer names and multiplications, and the shape of
-        every value, at the size of the header's `input`.
+        every value, at the size of the header's `input`, or of a window of it.
         """
         return self._artifact.program
 

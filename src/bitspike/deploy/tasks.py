@@ -22,6 +22,7 @@ MAX_ANCHORS = 64          # of one cell
 MAX_CANDIDATES = 10_000   # boxes that are sorted, compared or cut out, of one level or picture
 MAX_BOXES = 1000          # given back, of one picture
 MAX_REGION_SIDE = 128
+MAX_OVERLAP = 4           # so many windows, along each side, may see a pixel
 TASKS = ("classification", "segmentation", "detection")
 
 
@@ -35,6 +36,27 @@ class Letterbox:
     long: int
     multiple: int
     border: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A canvas is seen in squares of `side` pixels (all of it where it is shorter), `step` apart; their logits are averaged.
+
+    >>> list(Windows(64, 42).starts(160))
+    [0, 42, 84, 96]
+    """
+
+    side: int
+    step: int
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of every window of such a canvas."""
+        return min(self.side, height), min(self.side, width)
+
+    def starts(self, length: int) -> tuple[int, ...]:
+        """Where windows begin along one side of a canvas; the last one ends at its border."""
+        last = max(0, length - self.side)
+        return (*range(0, last, self.step), last)
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,17 @@ def check_letterbox(found: Any, where: str, channels: int) -> Letterbox:
     multiple, border = fields.integer("multiple", 1, MAX_SIDE), fields.integers("border", channels, 0, 255)
     fields.done()
     return Letterbox(short, long, multiple, border)
+
+
+def check_windows(found: Any, where: str, multiple: int) -> Windows:
+    """The header's `windows`; sides are padded to multiples of `multiple`. Errors: ArtifactError."""
+    fields = Fields(found, where)
+    side = fields.integer("side", 1, MAX_SIDE)
+    if side % multiple:
+        raise fields.fail("side", f"a multiple of the letterbox's {multiple}")
+    step = fields.integer("step", -(-side // MAX_OVERLAP), side)
+    fields.done()
+    return Windows(side, step)
 
 
 def _must_be(program: Program, name: str, what: str, **shape: int) -> Value:

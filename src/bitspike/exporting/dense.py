@@ -21,13 +21,13 @@ from torch.nn.utils import parametrize
 
 from bitspike.deploy import Detector, Segmenter, artifact, load
 from bitspike.deploy.preprocess import Scene, letterbox
-from bitspike.deploy.tasks import Letterbox
+from bitspike.deploy.tasks import Letterbox, Windows
 from bitspike.exporting.emit import Program, fixed_pair
 from bitspike.exporting.export import ExportReport, fold, normalised, pack
 from bitspike.exporting.fold import Folder
 from bitspike.exporting.lower import Value
 from bitspike.exporting.trace import ExportError, Observer, flat_outputs, trace
-from bitspike.models.segmentation import predicted_logits
+from bitspike.models.segmentation import predicted_logits, slide, step_of
 
 Pictures = Sequence[NDArray[np.uint8]]
 
@@ -49,6 +49,7 @@ class _Task:
     header: dict[str, Any]
     time_steps: int
     allow_float: bool
+    windows: Windows | None = None
 
     def tensor(self, scene: Scene) -> Tensor:
         """[1, C, H, W], as the model sees it."""
@@ -58,6 +59,20 @@ class _Task:
     def canvas(self) -> tuple[int, int]:
         """The most frequent size of the calibration scenes."""
         return Counter((s.pixels.shape[0], s.pixels.shape[1]) for s in self.calibration).most_common(1)[0][0]
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """What the program sees of such a canvas."""
+        return self.canvas if self.windows is None else self.windows.shape(*self.canvas)
+
+    def parts(self, scene: Scene) -> list[Tensor]:
+        """What the model sees of a scene: its canvas, or the windows of it."""
+        x = self.tensor(scene)
+        if self.windows is None:
+            return [x]
+        h, w = self.windows.shape(*x.shape[2:])
+        return [x[..., top : top + h, left : left + w]
+                for top in self.windows.starts(x.shape[2]) for left in self.windows.starts(x.shape[3])]
 
     def observed(self, module: torch.fx.GraphModule, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         """Run the graph on all inputs, the last one of which gives the sizes; on the first prove that it is the model."""
@@ -77,7 +92,7 @@ class _Task:
         """The observed graph of the part that sees the whole picture."""
         module = trace(model)
         typical = next(s for s in self.calibration if s.pixels.shape[:2] == self.canvas)
-        self.observed(module, model, [*map(self.tensor, self.calibration), self.tensor(typical)])
+        self.observed(module, model, [*(x for s in self.calibration for x in self.parts(s)), self.parts(typical)[0]])
         return module
 
     def fold(self, module: torch.fx.GraphModule, bits: int, inside: str = "", regions: bool = False,
@@ -171,8 +186,8 @@ def _listings(header: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
 def export_segmenter(model: nn.Module, path: str | os.PathLike[str], *, mean: Sequence[float], std: Sequence[float],
                      letterbox: Letterbox, classes: Sequence[str], calibration_images: Pictures, name: str, time_steps: int = 1,
                      provenance: Mapping[str, Any] | None = None, min_agreement: float = 0.99,
-                     check_images: Pictures | None = None, allow_float: bool = True,
-                     inner_bits: int | None = None) -> ExportReport:
+                     check_images: Pictures | None = None, allow_float: bool = True, inner_bits: int | None = None,
+                     window: int = 0) -> ExportReport:
     """Write a torch model that gives every pixel a class as one integer artifact, and prove that both agree.
 
     Args:
@@ -180,11 +195,18 @@ def export_segmenter(model: nn.Module, path: str | os.PathLike[str], *, mean: Se
         letterbox: how evaluation scales and pads a picture. The program runs at any size that comes of it.
         calibration_images, check_images: uint8 [H, W, C] of any sizes; check_images: default the calibration pictures.
         min_agreement: smallest share of equal pixels, counted in the pictures as they are.
+        window: the model is asked, by torch and from the file, for overlapping squares of that side (`slide`), a multiple of
+            the letterbox's; 0: for whole pictures.
         the others as `export_model`'s.
     Errors: ExportError, as `export_model`.
     """
     task = _task(model, mean, std, letterbox, classes, calibration_images, check_images, name, "segmentation", time_steps,
                  provenance, allow_float)
+    if window:
+        if window < 0 or window % letterbox.multiple:
+            raise ExportError(f"window={window}: it must be a multiple of {letterbox.multiple}, as the sides of a padded "
+                              "picture are; 0 for whole pictures.")
+        task = replace(task, windows=Windows(window, step_of(window)))
 
     def build(bits: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]], list[Folder]]:
         program, folder, outputs = task.fold(module, bits)
@@ -192,17 +214,19 @@ def export_segmenter(model: nn.Module, path: str | os.PathLike[str], *, mean: Se
             raise ExportError(f"the model gives maps of {[y.channels for y in outputs]} channels; with {len(classes)} class "
                               f"names it must give one map of {len(classes)}.")
         (logits,) = outputs
-        stride = task.canvas[0] // logits.height
-        more = {"program": program.ops, "output": logits.source, "stride": stride, "fraction_bits": program.fraction_bits}
+        stride = task.shown[0] // logits.height
+        more: dict[str, Any] = {"program": program.ops, "output": logits.source, "stride": stride,
+                                "fraction_bits": program.fraction_bits}
+        if task.windows is not None:
+            more["windows"] = asdict(task.windows)
         return more, pack(program), [folder]
 
     def compare(net: Segmenter) -> tuple[float, float, int, str]:
         same = pixels = 0
         largest = 0.0
         for scene in task.check:
-            with torch.no_grad():
-                expected = task.model(task.tensor(scene))
-            largest = max(largest, float(np.abs(net.outputs(scene)[0] - expected[0].permute(1, 2, 0).numpy()).max()))
+            expected = torch_logits(task.model, task.tensor(scene), net.windows)
+            largest = max(largest, float(np.abs(net.logits(scene) - expected[0].permute(1, 2, 0).numpy()).max()))
             truth = torch_labels(expected, scene)
             same, pixels = same + int((net.labels(scene) == truth).sum()), pixels + truth.size
         return same / pixels, largest, pixels, f"the pixels of {len(task.check)} pictures"
@@ -210,6 +234,12 @@ def export_segmenter(model: nn.Module, path: str | os.PathLike[str], *, mean: Se
     with parametrize.cached():
         module = task.whole_picture(task.model)
         return _write(task, path, min_agreement, inner_bits, build, compare)
+
+
+@torch.no_grad()
+def torch_logits(model: nn.Module, x: Tensor, windows: Windows | None) -> Tensor:
+    """Logits [1, K, h, w] of a canvas by torch, as a file with these windows computes them."""
+    return model(x) if windows is None else slide(model, x, windows.side, windows.step)  # type: ignore[no-any-return]
 
 
 def torch_labels(logits: Tensor, scene: Scene) -> NDArray[Any]:

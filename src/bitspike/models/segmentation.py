@@ -127,6 +127,11 @@ def predicted_logits(logits: Tensor, canvas: tuple[int, int], size: tuple[int, i
     return enlarged(on_canvas, *original)[0]
 
 
+def step_of(window: int) -> int:
+    """How far apart windows are by default: two thirds of their side."""
+    return max(1, 2 * window // 3)
+
+
 @torch.no_grad()
 def slide(model: Callable[[Tensor], Tensor], images: Tensor, window: int, step: int | None = None) -> Tensor:
     """Logits of large pictures from overlapping windows: [B, C, H, W] -> [B, K, H, W].
@@ -135,7 +140,7 @@ def slide(model: Callable[[Tensor], Tensor], images: Tensor, window: int, step: 
     last ones end at the border), is seen alone; its logits are enlarged to pixels, and where windows overlap their mean counts.
     model: in evaluation mode; gives logits at any stride. Errors: ValueError for a window or step below 1.
     """
-    step = max(1, 2 * window // 3) if step is None else step
+    step = step_of(window) if step is None else step
     if window < 1 or step < 1:
         raise ValueError(f"slide: window={window}, step={step}; both must be at least 1.")
     H, W = images.shape[-2:]

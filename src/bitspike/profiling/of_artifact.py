@@ -204,7 +204,7 @@ def profile_dense(net: Segmenter | Detector, pictures: Sequence[NDArray[np.uint8
         raise ValueError("profile: no pictures; give at least one, uint8 [H, W, C].")
     used, canvas = thread_count(threads), net.input_shape[:2]
     scenes = [on_canvas(picture, *canvas, net.letterbox.border) for picture in pictures]
-    graphs = {"": Graph(net.program, net.header["program"])}
+    graphs = {"": Graph(net.program, net.header["program"])}  # a window is an input, too: `report_of` counts them
     if isinstance(net, Detector):
         graphs |= {part.name: Graph(part.program, part.listing) for part in net.detection.parts}
         for scene in scenes:
@@ -212,7 +212,8 @@ def profile_dense(net: Segmenter | Detector, pictures: Sequence[NDArray[np.uint8
                 graphs[name].watch(values)
     else:
         for scene in scenes:
-            graphs[""].watch(net.executor(*canvas).trace(scene.pixels[None, None], used))
+            for part in net.in_windows(scene):
+                graphs[""].watch(net.executor(*part.shape[:2]).trace(part[None, None], used))
 
     def answer(scene: Scene) -> object:
         return net.in_picture(net.detect(scene, used), scene) if isinstance(net, Detector) else net.labels(scene, used)
