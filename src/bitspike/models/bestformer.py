@@ -212,16 +212,28 @@ class BESTformer(nn.Module):
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
 
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        """Images or a sequence -> the tokenizer's potentials from half the size on, the last one the mean of both streams
+        behind the blocks, [T, B, C, H, W].
+        """
+        maps = self.tokenizer.maps(as_sequence(x, self.time_steps))
+        x0_TBCHW, x1_TBCHW = self._streams(maps[-1])
+        return [*maps[:-1], (x0_TBCHW + x1_TBCHW) * 0.5]
+
     def forward_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images or a sequence -> logits of the x2 stream (labels) and of the x3 stream (teacher), each [B, classes]."""
-        x1_TBCHW = self.tokenizer(as_sequence(x, self.time_steps))
+        x0_TBCHW, x1_TBCHW = self._streams(self.tokenizer(as_sequence(x, self.time_steps)))
+        return self.head(x0_TBCHW.mean((3, 4)).mean(0)), self.head2(x1_TBCHW.mean((3, 4)).mean(0))
+
+    def _streams(self, x1_TBCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens -> what comes out of the last block."""
         x0_TBCHW = x1_TBCHW
         if self.memory == "recompute" and self.training and torch.is_grad_enabled():
             x0_TBCHW, x1_TBCHW = run_blocks(self.blocks, x0_TBCHW, x1_TBCHW, recompute=True)  # type: ignore[arg-type]
         else:
             for block in self.blocks:
                 x0_TBCHW, x1_TBCHW = block(x0_TBCHW, x1_TBCHW)
-        return self.head(x0_TBCHW.mean((3, 4)).mean(0)), self.head2(x1_TBCHW.mean((3, 4)).mean(0))
+        return x0_TBCHW, x1_TBCHW
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         labels, teacher = self.forward_heads(x)

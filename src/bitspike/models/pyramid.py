@@ -42,8 +42,8 @@ class Maps:
 def measure(backbone: nn.Module, size: int = 64, in_channels: int = 3) -> Maps:
     """Show the backbone a blank picture of size x size pixels and measure its maps.
 
-    The mode of the backbone is kept. Errors: TypeError without `forward_features`; ValueError for a map whose side does
-    not divide the picture's, or maps that become finer.
+    The mode of the backbone is kept. Errors: TypeError without `forward_features`; ValueError for a network that cannot look at
+    the picture, a map whose side does not divide the picture's, or maps that become finer.
 
     >>> from bitspike.models.meta_spikeformer import MetaSpikeFormer
     >>> measure(MetaSpikeFormer((8, 8, 16, 16), depths=(1, 1), heads=2)).strides
@@ -55,8 +55,13 @@ def measure(backbone: nn.Module, size: int = 64, in_channels: int = 3) -> Maps:
                         "needs one.")
     mode = backbone.training
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
-    maps = features_of(backbone.eval(), torch.zeros(1, in_channels, size, size, device=device))
-    backbone.train(mode)
+    try:
+        maps = features_of(backbone.eval(), torch.zeros(1, in_channels, size, size, device=device))
+    except RuntimeError as error:
+        raise ValueError(f"{type(backbone).__name__} cannot look at a picture of {in_channels} channels and {size} pixels, as "
+                         f"the networks on top of it do ({error}).") from None
+    finally:
+        backbone.train(mode)
     sides = [int(m.shape[-1]) for m in maps]
     if any(size % side for side in sides) or sides != sorted(sides, reverse=True):
         raise ValueError(f"{type(backbone).__name__}: its maps of a picture of {size} pixels have sides {sides}; a pyramid "

@@ -65,11 +65,24 @@ class Tokenizer(nn.Module):
         self.pool = halve() if pools[3] else None
         self.rpe = SpikeConv(neuron(), conv3(channels, channels))
 
-    def forward(self, x_TBCHW: Tensor) -> Tensor:
-        x = self.stages(x_TBCHW)
+    def maps(self, x_TBCHW: Tensor) -> list[Tensor]:
+        """The potentials in front of every halving but the first (of half the size, a quarter, ..), then the tokens."""
+        x, found = x_TBCHW, []
+        for stage in self.stages:
+            if not isinstance(stage, ConvSpike):
+                x = stage(x)
+                continue
+            u = stage.potential(x)
+            x = stage.fired(u)
+            if stage.pool is not None:
+                found.append(u)
         if self.pool is not None:
+            found.append(x)
             x = timewise(self.pool, x)
-        return self.rpe(x) + x  # type: ignore[no-any-return]
+        return [*found[1:], self.rpe(x) + x]
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        return self.maps(x_TBCHW)[-1]
 
 
 class Attention(nn.Module):
@@ -137,8 +150,15 @@ class SpikeDrivenTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        """Images or a sequence -> the tokenizer's potentials from half the size on, the last ones behind the blocks,
+        [T, B, C, H, W]: "0011" gives maps at 1/2 and 1/4, "1111" at 1/2 .. 1/16.
+        """
+        maps = self.tokenizer.maps(as_sequence(x, self.time_steps))
+        return [*maps[:-1], self.blocks(maps[-1])]
+
     def forward(self, x: Tensor) -> Tensor:
-        y_TBCHW = self.blocks(self.tokenizer(as_sequence(x, self.time_steps)))
+        y_TBCHW = self.forward_features(x)[-1]
         return self.head(self.neuron(y_TBCHW.mean((3, 4)))).mean(0)  # type: ignore[no-any-return]
 
 

@@ -67,9 +67,17 @@ class ConvSpike(nn.Module):
         self.conv, self.norm, self.neuron = conv, nn.BatchNorm2d(conv.out_channels), neuron
         self.pool = halve() if pool else None
 
-    def forward(self, x_TBCHW: Tensor) -> Tensor:
-        s = self.neuron(timewise(self.norm, timewise(self.conv, x_TBCHW)))
+    def potential(self, x_TBCHW: Tensor) -> Tensor:
+        """What the neuron integrates, [T, B, C', H, W]."""
+        return timewise(self.norm, timewise(self.conv, x_TBCHW))  # type: ignore[no-any-return]
+
+    def fired(self, u_TBCHW: Tensor) -> Tensor:
+        """The spikes of a potential, pooled: [T, B, C', H', W']."""
+        s = self.neuron(u_TBCHW)
         return s if self.pool is None else timewise(self.pool, s)  # type: ignore[no-any-return]
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        return self.fired(self.potential(x_TBCHW))
 
 
 class SpikePoolConv(SpikeConv):
@@ -107,9 +115,18 @@ class Tokenizer(nn.Module):
             for i, o, pool in zip((in_channels, *widths), widths, pooling_steps(pooling), strict=False)))
         self.rpe = ConvSpike(conv3(channels, channels), neuron())
 
+    def maps(self, x_TBCHW: Tensor) -> list[Tensor]:
+        """The potentials in front of every halving but the first (of half the size, a quarter, ..), then the tokens."""
+        x, found = x_TBCHW, []
+        for stage in self.stages:
+            u = stage.potential(x)  # type: ignore[operator]
+            x = stage.fired(u)  # type: ignore[operator]
+            if stage.pool is not None:
+                found.append(u)
+        return [*found[1:], self.rpe(x) + x]
+
     def forward(self, x_TBCHW: Tensor) -> Tensor:
-        x = self.stages(x_TBCHW)
-        return self.rpe(x) + x  # type: ignore[no-any-return]
+        return self.maps(x_TBCHW)[-1]
 
 
 class MembraneTokenizer(nn.Module):
@@ -126,8 +143,17 @@ class MembraneTokenizer(nn.Module):
             steps.append((SpikePoolConv if pool else SpikeConv)(neuron(), conv3(i, o)))
         self.stages = nn.Sequential(*steps)
 
+    def maps(self, x_TBCHW: Tensor) -> list[Tensor]:
+        """The potentials in front of every halving but the first (of half the size, a quarter, ..), then the tokens."""
+        x, found = x_TBCHW, []
+        for stage in self.stages:
+            if isinstance(stage, SpikePoolConv):
+                found.append(x)
+            x = stage(x)
+        return [*found[1:], x]
+
     def forward(self, x_TBCHW: Tensor) -> Tensor:
-        return self.stages(x_TBCHW)  # type: ignore[no-any-return]
+        return self.maps(x_TBCHW)[-1]
 
 
 class SelfAttention(nn.Module):
@@ -240,8 +266,17 @@ class Spikformer(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        """Images or a sequence -> the tokenizer's maps from half the size on, the last one behind the blocks, [T, B, C, H, W].
+
+        "0011" gives maps at 1/2 and 1/4, "1111" at 1/2 .. 1/16; potentials, but for the last one of the "spike" shortcut,
+        which holds counts.
+        """
+        maps = self.tokenizer.maps(as_sequence(x, self.time_steps))  # type: ignore[operator]
+        return [*maps[:-1], self.blocks(maps[-1])]
+
     def forward(self, x: Tensor) -> Tensor:
-        y_TBCHW = self.blocks(self.tokenizer(as_sequence(x, self.time_steps)))
+        y_TBCHW = self.forward_features(x)[-1]
         return self.head(y_TBCHW.mean((3, 4)).mean(0))  # type: ignore[no-any-return]
 
 

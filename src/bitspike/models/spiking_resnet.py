@@ -57,10 +57,13 @@ class BasicBlock(nn.Module):
         self.conv2, self.neuron2 = _conv(outputs, outputs, 3), neuron()
         self.shortcut = _conv(inputs, outputs, 1, stride) if stride != 1 or inputs != outputs else None
 
-    def forward(self, s_TBCHW: Tensor) -> Tensor:
+    def current(self, s_TBCHW: Tensor) -> Tensor:
+        """What the last neuron integrates, [T, B, C', H', W']."""
         current = self.conv2(self.neuron1(self.conv1(s_TBCHW)))
-        same = s_TBCHW if self.shortcut is None else self.shortcut(s_TBCHW)
-        return self.neuron2(current + same)  # type: ignore[no-any-return]
+        return current + (s_TBCHW if self.shortcut is None else self.shortcut(s_TBCHW))  # type: ignore[no-any-return]
+
+    def forward(self, s_TBCHW: Tensor) -> Tensor:
+        return self.neuron2(self.current(s_TBCHW))  # type: ignore[no-any-return]
 
 
 class SpikingResNet(nn.Module):
@@ -103,11 +106,22 @@ class SpikingResNet(nn.Module):
         self.head = nn.Linear(before, num_classes)
         _draw(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _stem(self, x: Tensor) -> Tensor:
         s_TBCHW = self.neuron(self.stem(as_sequence(x, self.time_steps)))
-        if self.pool is not None:
-            s_TBCHW = timewise(self.pool, s_TBCHW)
-        logits_TBK = self.head(self.stages(s_TBCHW).mean((3, 4)))
+        return s_TBCHW if self.pool is None else timewise(self.pool, s_TBCHW)  # type: ignore[no-any-return]
+
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        """Images or a sequence -> what the last neuron of each stage integrates, [T, B, C, H, W]."""
+        s_TBCHW, maps = self._stem(x), []
+        for stage in self.stages:
+            for block in stage:  # type: ignore[attr-defined]
+                current = block.current(s_TBCHW)
+                s_TBCHW = block.neuron2(current)
+            maps.append(current)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits_TBK = self.head(self.stages(self._stem(x)).mean((3, 4)))
         return logits_TBK if self.per_step else logits_TBK.mean(0)
 
 
