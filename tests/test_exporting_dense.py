@@ -14,7 +14,7 @@ from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bitspike.deploy import Detector, Segmenter, load  # noqa: E402
-from bitspike.deploy.preprocess import letterbox  # noqa: E402
+from bitspike.deploy.preprocess import letterbox, on_canvas  # noqa: E402
 from bitspike.deploy.tasks import Letterbox  # noqa: E402
 from bitspike.exporting import ExportError, export_detector, export_segmenter  # noqa: E402
 from bitspike.layers import latent_weight, norms_anew, quantize_  # noqa: E402
@@ -182,11 +182,14 @@ def test_profile_counts_regions(tmp_path):
     written(model, tmp_path / "a.bitspike", min_agreement=0)
     net = load(tmp_path / "a.bitspike")
     report = profile(tmp_path / "a.bitspike", pictures())
-    box = next(layer for layer in report.layers if layer.name == "regions.box_head.fc1.conv")
-    assert box.macs == 20 * 7 * 7 * 8 * 16 and box.weights == 7 * 7 * 8 * 16  # 20 proposals a picture
-    masks = next(layer for layer in report.layers if layer.name == "regions.mask_head.masks")
-    found = np.mean([len(net.detect(s)["scores"]) for s in map(net.scene, pictures())])
-    assert masks.macs == pytest.approx(found * 28 * 28 * 8 * 6, rel=0.3)  # on the canvas of the header, not its own
+    # a profile shows every picture on the canvas of the header, not on its own
+    traces = [net.trace(on_canvas(p, *net.input_shape[:2], net.letterbox.border)) for p in pictures()]
+    seen = {name: sum(t[name]["pixels"].shape[1] for t in traces if name in t) / len(traces) for name in ("box", "mask")}
+    assert 0 < seen["mask"] != seen["box"] <= 20
+    for name, part, each, weights in (("regions.box_head.fc1.conv", "box", 7 * 7 * 8 * 16, 7 * 7 * 8 * 16),
+                                      ("regions.mask_head.masks", "mask", 28 * 28 * 8 * 6, 8 * 6)):
+        layer = next(layer for layer in report.layers if layer.name == name)
+        assert (layer.macs, layer.weights) == (round(seen[part] * each), weights)
     assert json.dumps(report.to_dict())
 
 
