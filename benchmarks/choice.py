@@ -21,13 +21,14 @@ from bitspike.deploy import kernels
 SHAPES = [
     (56, 32, 128, 3, 1), (56, 64, 128, 1, 1), (28, 128, 128, 3, 1), (14, 256, 256, 1, 1), (14, 256, 1024, 1, 1),
     (14, 1024, 256, 1, 1), (14, 128, 256, 3, 2), (15, 64, 64, 3, 1), (7, 256, 256, 3, 1), (7, 256, 256, 1, 1),
-    (56, 128, 32, 3, 1), (56, 256, 64, 3, 1),
+    (56, 128, 32, 3, 1), (56, 256, 64, 3, 1), (32, 128, 128, 3, 1), (16, 256, 256, 3, 1), (8, 512, 512, 3, 1),
+    (8, 384, 1536, 1, 1),
 ]
-#: outputs that an addition makes at once, whether there are so many or not: csrc/choice.cc has the same
-ADDED = {"avx512": 128}
+#: outputs that an addition makes at once, whether there are so many or not, and bits of a row: csrc/choice.cc has the same
+ADDED, ROW = {"avx512": 128}, {"avx512": 512, "avx2": 256, "neon": 128, "neon_dot": 128}
 #: share of codes that are not 0, and the largest code
 INPUTS = [(0.02, 1), (0.05, 1), (0.15, 1), (0.30, 1), (0.50, 1), (0.05, 4), (0.15, 4), (0.40, 4)]
-VARIANTS = ["dense", "narrow", "events", "popcount", "shift"]
+VARIANTS = ["dense", "narrow", "events", "sliced", "popcount", "shift"]
 #: weights that make each variant possible
 WEIGHTS = {"binary": [-1, 1], "pow2": [-4, -2, -1, 0, 1, 2, 4], "4 bits": list(range(-8, 8))}
 
@@ -62,7 +63,6 @@ def measure(isa: str, shape: tuple[int, ...], share: float, top: int, weights: s
     samples = []
     reads = out * out * kernel * kernel * channels
     events = codes.sum() / codes.size
-    added = ADDED.get(isa, 1)
     for variant in plan.layers()[0]["able"]:
         plan.force(0, variant)
         best = np.inf
@@ -70,14 +70,23 @@ def measure(isa: str, shape: tuple[int, ...], share: float, top: int, weights: s
             start = time.thread_time_ns()
             plan.run(images, logits, 1, np.empty(0))
             best = min(best, time.thread_time_ns() - start)
-        features = [reads * outputs, reads * -(-outputs // added) * added * events, reads, out * out * outputs]
+        added = additions(isa, variant, reads, outputs, kernel, stride)
+        features = [reads * outputs, added * events, reads, out * out * outputs]
         samples.append(Sample(variant, features, best, (shape, share, top, weights)))
     return samples
 
 
+def additions(isa: str, variant: str, reads: int, outputs: int, kernel: int, stride: int) -> float:
+    """Of all events if every code were one, outputs rounded up; across (csrc/sliced.h), a row of taps is one addition."""
+    row = ROW.get(isa, 1) if variant == "sliced" else ADDED.get(isa, 1)
+    if variant == "sliced" and stride == 1 and 2 <= kernel <= 4 and outputs <= row // 2:
+        return reads / kernel * -(-4 * outputs // row) * row
+    return reads * -(-outputs // row) * row
+
+
 def fit(samples: list[Sample]) -> np.ndarray:
     """Constants that are not negative, smallest relative error."""
-    columns = [0, 1, 2, 3] if samples[0].variant == "events" else [0, 3]
+    columns = [0, 1, 2, 3] if samples[0].variant in ("events", "sliced") else [0, 3]
     a = np.array([[s.features[i] / s.ns for i in columns] for s in samples])
     constants = np.full(len(columns), 1e-3)
     for _ in range(20_000):  # multiplicative updates: a, constants and the target are positive

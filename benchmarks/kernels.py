@@ -6,9 +6,9 @@
 One thread. Times are the fastest of many runs, epilogue included (a neuron with counts 0..4 and its count of spikes). GMAC/s
 counts every product of the layer, also those with a code of 0, whatever the kernel skipped; that is why events may be faster
 than the bound of additions times density. The bound is the variant's instruction alone, in registers: products for dense
-and narrow, AND + count + add for popcount (one pass per bit of a count), byte additions for events (divided by the mean
-code). `vs torch` is the time of torch._int_mm (oneDNN) on the matrices of the same layer, laid out beforehand and without
-epilogue, over ours.
+and narrow, AND + count + add for popcount (one pass per bit of a count), byte additions for events and full
+adders for sliced (divided by the mean code). `vs torch` is the time of torch._int_mm (oneDNN) on the matrices of the same
+layer, laid out beforehand and without epilogue, over ours.
 """
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def measure(
 ) -> dict[str, Any] | None:
     """One line of the table; None where the variant does not support the shape."""
     rng = np.random.default_rng(0)
-    weights = {"popcount": [-1, 1], "shift": [-4, -2, -1, 0, 1, 2, 4]}.get(variant, list(range(-8, 8)))
+    weights = {"popcount": [-1, 1], "sliced": [-1, 1], "shift": [-4, -2, -1, 0, 1, 2, 4]}.get(variant, list(range(-8, 8)))
     w = rng.choice(weights, (shape.outputs, shape.kernel, shape.kernel, shape.channels // shape.groups)).astype(np.int8)
     m, b = np.full(shape.outputs, 1 << 28, np.int32), np.zeros(shape.outputs, np.int32)
     pad = shape.kernel // 2
@@ -111,11 +111,11 @@ def measure(
     codes = np.empty((shape.side, shape.side, shape.outputs), np.uint8)
     neuron = [(np.array([4], np.int32), 16, 0, 4, codes)]
     seconds = fastest(lambda: conv(x, (0, shape.side), None, None, neuron))
-    instruction = {"popcount": "popcount", "events": "add", "shift": None}.get(variant, "dot")
+    instruction = {"popcount": "popcount", "events": "add", "sliced": "carry", "shift": None}.get(variant, "dot")
     bound = bounds.get(f"{isa} {instruction}", 0.0)
     if variant == "popcount":
         bound /= levels.bit_length()
-    if variant == "events":
+    if variant in ("events", "sliced"):
         bound /= max(float(x.mean()), 1e-9)
     rate = shape.macs / seconds
     return {
@@ -139,7 +139,7 @@ def main() -> None:
     bounds = {}
     for isa in isas:
         if isa != "scalar":
-            bounds.update({f"{isa} {what}": _kernels.spin_macs(isa, what, 0.3) for what in ("dot", "popcount", "add")})
+            bounds.update({f"{isa} {what}": _kernels.spin_macs(isa, what, 0.3) for what in ("dot", "popcount", "add", "carry")})
     for name, rate in bounds.items():
         print(f"bound: {name}: {rate / 1e9:.0f} GMAC/s in registers")
     lines = []
@@ -152,7 +152,7 @@ def main() -> None:
                   f"  {reference * 1e3:8.3f} ms {shape.macs / reference / 1e9:6.0f} GMAC/s")
         for isa in isas:
             for variant in options.variant or _kernels.variants():
-                for density in DENSITIES if variant == "events" else [0.15]:
+                for density in DENSITIES if variant in ("events", "sliced") else [0.15]:
                     line = measure(isa, variant, shape, density, options.levels, bounds)
                     if line is None:
                         continue

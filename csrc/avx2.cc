@@ -211,6 +211,37 @@ struct Avx2 {
     acc[2] = _mm256_add_epi32(acc[2], _mm256_and_si256(_mm256_srli_epi32(part, 16), low));
     acc[3] = _mm256_add_epi32(acc[3], _mm256_srli_epi32(part, 24));
   }
+  static I32 majority(I32 a, I32 b, I32 c) { return or_(and_(a, b), and_(c, xor_(a, b))); }
+  static I32 parity(I32 a, I32 b, I32 c) { return xor_(c, xor_(a, b)); }
+  // What 32 outputs count, in planes of bits `kStep` bytes apart, least output first.
+  template <size_t kStep>
+  static void count_planes(const uint8_t* from, int planes, I32* count) {
+    const __m256i byte = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+    const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
+    __m256i half[2] = {zero(), zero()};  // planes 0 to 7, and the others
+    for (int p = planes - 1; p >= 0; --p) {
+      int32_t bits;
+      memcpy(&bits, from + p * kStep, 4);
+      const __m256i set = _mm256_cmpeq_epi8(and_(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), bit), bit);  // -1
+      __m256i& sum = half[p / 8];
+      sum = _mm256_sub_epi8(_mm256_add_epi8(sum, sum), set);
+    }
+    alignas(32) uint8_t low[32], high[32];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(low), half[0]);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(high), half[1]);
+    for (int v = 0; v < 4; ++v)
+      count[v] = _mm256_add_epi32(widen_u8(low + 8 * v), _mm256_slli_epi32(widen_u8(high + 8 * v), 8));
+  }
+  // Four lanes of a quarter of a vector.
+  static void store_last_lane(uint8_t* p, I32 v) {
+    _mm_storeh_pd(reinterpret_cast<double*>(p), _mm_castsi128_pd(_mm256_extracti128_si256(v, 1)));
+  }
+  static void store_lanes(uint8_t* p, size_t step, I32 v) {
+    alignas(32) uint8_t lanes[kBytes];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), v);
+    for (int i = 0; i < 4; ++i) memcpy(p + i * step, lanes + 8 * i, 8);
+  }
+  static I32 lanes_up(I32 v) { return _mm256_blend_epi32(zero(), _mm256_permute4x64_epi64(v, 0x90), 0xfc); }
   static I32 low_nibbles(I32 v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
   // Appends every channel's number times kEventEntry, plus `base`, as often as its code says.
   static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base) {

@@ -18,11 +18,23 @@ void attention_read_best(const Heads& s, bool over_tokens, const uint8_t* chosen
   run(s, over_tokens, chosen, x, first, count, m, shift, y, scratch);
 }
 
+void conv_sliced_best(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e, void* scratch) {
+  const auto run = cpu_has_avx512_matrices() ? conv_sliced_avx512 : conv_sliced<Avx512>;
+  run(c, packed, image, row0, row1, e, scratch);
+}
+
+constexpr ConvKernel sliced_best() {
+  ConvKernel kernel = sliced_kernel<Avx512>();
+  kernel.run = conv_sliced_best;
+  return kernel;
+}
+
 }  // namespace
 
 constexpr Kernels kernels_avx512 = kernels<Avx512>("avx512", {popcount_supported_avx512, popcount_packed_bytes_avx512,
                                                               popcount_pack_avx512, popcount_scratch_bytes_avx512,
                                                               conv_popcount_avx512},
+                                                   sliced_best(),
                                                    {attention_map_scratch_bytes<Avx512>, attention_map_best,
                                                     attention_read_scratch_bytes<Avx512>, attention_read_best});
 

@@ -204,7 +204,9 @@ void bind_kernels(nb::module_& m) {
       [](const std::string& isa, const std::string& what, double seconds) {
         const Kernels& k = kernels_named(isa);
         require(k.spin, "this set has no such measurement");
-        const Spin kind = what == "popcount" ? Spin::popcount : what == "add" ? Spin::add : Spin::dot;
+        const Spin kind = what == "popcount" ? Spin::popcount : what == "add"     ? Spin::add
+                          : what == "carry" ? Spin::carry
+                                            : Spin::dot;
         using Clock = std::chrono::steady_clock;
         double best = 0;
         for (const auto end = Clock::now() + std::chrono::duration<double>(seconds); Clock::now() < end;) {
@@ -216,7 +218,7 @@ void bind_kernels(nb::module_& m) {
         return best;
       },
       "isa"_a, "what"_a, "seconds"_a,
-      "Multiply-accumulates a second of bare instructions in registers: the machine's bound for 'dot', 'popcount', 'add'.");
+      "Multiply-accumulates a second of bare instructions in registers: the machine's bound for 'dot', 'popcount', 'add', 'carry'.");
 }
 
 }  // namespace bitspike

@@ -5,24 +5,23 @@
 namespace bitspike {
 namespace {
 
-// By Variant: dense, narrow, events, popcount, shift. Measured on one core per instruction set by
+// By Variant: dense, narrow, events, sliced, popcount, shift. Measured on one core per instruction set by
 // `python benchmarks/choice.py`, which prints these lines; only their ratios matter.
-// avx512's popcount is an exception: fitted on 8 x 8 and 16 x 16 layers of 256 to 1536 channels, since in networks of that
-// size events, whose weights are 8 times as large, were chosen where popcount took 0.4 to 0.9 of their time.
 struct Costs {
   const char* name;
-  int added;  // outputs that an addition of events makes at once, whether there are so many or not
+  int added;   // outputs that an addition of events makes at once, whether there are so many or not
+  int sliced;  // the same for a row of bits
   Cost of[kVariants];
 };
 
 constexpr Costs kCosts[] = {
-    {"avx512", 128,
-     {{0.00223f, 0, 0, 0.120f}, {0.00221f, 0, 0, 0.113f}, {0, 0.00265f, 0.041f, 0.258f}, {0.00041f, 0, 0, 0.140f},
-      {0.0179f, 0, 0, 0.038f}}},
-    {"avx2", 1,
-     {{0.00971f, 0, 0, 0.331f}, {0.01449f, 0, 0, 0.397f}, {0, 0.00869f, 0.047f, 0.589f}, {0.00353f, 0, 0, 0.602f},
-      {0.0390f, 0, 0, 0.300f}}},
-    {"scalar", 1, {{1, 0, 0, 0}, {2, 0, 0, 0}, {0.05f, 1, 1, 0}, {1.5f, 0, 0, 0}, {2, 0, 0, 0}}},
+    {"avx512", 128, 512,
+     {{0.00196f, 0, 0, 0.114f}, {0.00194f, 0, 0, 0.119f}, {0, 0.00248f, 0.030f, 0.216f}, {0, 0.00069f, 0.012f, 0.185f},
+      {0.00045f, 0, 0, 0.175f}, {0.0159f, 0, 0, 0.078f}}},
+    {"avx2", 1, 256,
+     {{0.00849f, 0, 0, 0.306f}, {0.0128f, 0, 0, 0.367f}, {0, 0.00714f, 0.036f, 0.480f}, {0, 0.00265f, 0.024f, 1.04f},
+      {0.00293f, 0, 0, 0.480f}, {0.0340f, 0, 0, 0.310f}}},
+    {"scalar", 1, 1, {{1, 0, 0, 0}, {2, 0, 0, 0}, {0.05f, 1, 1, 0}, {0.05f, 1.1f, 1, 0}, {1.5f, 0, 0, 0}, {2, 0, 0, 0}}},
 };
 
 constexpr float kUnknown = 1;  // load assumed before the first image
@@ -47,8 +46,12 @@ double cost_ns(const Kernels& k, const Conv& c, Variant v, float load) {
   const double taps = double(c.kernel_h) * c.kernel_w * c.group_channels();
   const double products = outputs * taps, read = double(c.out_height) * c.out_width * taps * c.groups;
   const int planes = v == Variant::popcount ? c.bit_planes() : 1;
-  const int added = std::strcmp(all.name, k.name) == 0 ? all.added : 1;  // of another set only the ratios are borrowed
-  const double additions = products / c.outputs * ((c.outputs + added - 1) / added * added);
+  const bool own = std::strcmp(all.name, k.name) == 0;  // of another set only the ratios are borrowed
+  const bool sliced = v == Variant::sliced;
+  const int added = sliced ? own ? all.sliced : 128 : own ? all.added : 1;
+  double additions = products / c.outputs * ((c.outputs + added - 1) / added * added);
+  if (sliced && sliced_across(c, added))  // one row of bits for all taps of a row
+    additions = products / c.outputs / c.kernel_w * ((4 * c.outputs + added - 1) / added * added);
   return rate.product * products * planes + rate.addition * additions * (load < 0 ? kUnknown : load) + rate.scan * read +
          rate.output * outputs;
 }

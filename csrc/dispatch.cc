@@ -35,6 +35,7 @@ bool has_avx2() { return cpu_has(1 << 5, 0, 0x6); }
 bool has_avx512() { return cpu_has((1 << 16) | (1 << 17) | (1 << 30) | (1u << 31), 1 << 11, 0xe6); }
 bool has_avx512_popcount() { return has_avx512() && cpu_has(0, 1 << 14, 0xe6); }
 bool has_avx512_compress() { return has_avx512() && cpu_has(0, 1 << 6, 0xe6); }
+bool has_avx512_matrices() { return has_avx512() && cpu_has(0, 1 << 1 | 1 << 8, 0xe6); }
 #else
 bool has_avx2() { return __builtin_cpu_supports("avx2"); }
 
@@ -46,6 +47,9 @@ bool has_avx512() {
 
 bool has_avx512_popcount() { return has_avx512() && __builtin_cpu_supports("avx512vpopcntdq"); }
 bool has_avx512_compress() { return has_avx512() && __builtin_cpu_supports("avx512vbmi2"); }
+bool has_avx512_matrices() {
+  return has_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+}
 #endif
 #endif
 
@@ -91,6 +95,10 @@ bool cpu_has_avx512_popcount() {
 }
 bool cpu_has_avx512_compress() {
   static const bool has = has_avx512_compress();
+  return has;
+}
+bool cpu_has_avx512_matrices() {
+  static const bool has = has_avx512_matrices();
   return has;
 }
 #endif

@@ -3,6 +3,7 @@
 #pragma once
 #include "attention.h"
 #include "events.h"
+#include "sliced.h"
 #include "maps.h"
 #include "neurons.h"
 #include "shifts.h"
@@ -101,11 +102,13 @@ inline void maxpool(const Pool& p, const void* image, int row0, int row1, void* 
 
 // mean and lookup have no vector version: they are a small part of every network.
 template <class V>
-constexpr Kernels kernels(const char* name, ConvKernel popcount, MapKernel maps = map_kernel<V>()) {
+constexpr Kernels kernels(const char* name, ConvKernel popcount, ConvKernel sliced = sliced_kernel<V>(),
+                          MapKernel maps = map_kernel<V>()) {
   return {name,
           {dense_kernel<V>(),
            narrow_kernel<V>(),
            {events_supported<V>, events_packed_bytes<V>, events_pack<V>, events_scratch_bytes<V>, conv_events<V>},
+           sliced,
            popcount,
            tiles_kernel<ShiftOf<V>>([](const Conv& c) { return may_support(Variant::shift, c); })},
           finish<V>,

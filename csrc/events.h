@@ -10,48 +10,34 @@
 // instruction (V::kCarrySave), 8 rows at a time go through carry-save adders first, bit by bit: 14 logical instructions
 // leave one row of eights to unpack and add, where adding each row takes 5 instructions.
 //
-// First the events of a *strip* of output pixels are gathered into lists of row numbers; then come block of outputs, chunk,
-// pixel, so that a block's weights stay in the nearest cache for the whole strip. A *chunk* is as many rows of 8-bit weights
-// as that cache holds, whose sums wait in memory for the next one; rows of 4-bit weights, half as long and slower to add,
-// gain nothing by it and are one chunk. Lists of the input's pixels are kept for the kernel_h rows a window spans.
+// A strip of pixels (event_lists.h) runs through a block of outputs, chunk by chunk. Sums of a chunk of 8-bit weights wait in
+// memory for the next one; rows of 4-bit weights, half as long and slower to add, gain nothing by chunks and are one.
 #pragma once
-#include "finish.h"
+#include "event_lists.h"
 
 namespace bitspike {
 namespace {
 
-constexpr size_t kEventSlack = 64;         // entries that may be written past the end of a list
-constexpr size_t kNibbleRows = 8191;       // of 4-bit weights: times kEventEntry, their numbers must fit into 16 bits
-constexpr size_t kChunkRows = 576;         // of 8-bit weights, 64 bytes each: three quarters of a first-level cache
-constexpr size_t kStripPixels = 48;        // and no more entries than ...
-constexpr size_t kStripEntries = 1 << 16;  // ... unless one pixel has more
-constexpr size_t kGroup = 8;               // rows that go through carry-save adders together
+constexpr size_t kChunkRows = 576;  // of 8-bit weights, 64 bytes each: three quarters of a first-level cache
 
 // Packed: per block of outputs one row of weights per tap and channel, and a last one that adds nothing; then m and b, int32,
 // rounded up to whole vectors. Within a vector of bytes, byte 4 i + j is output j * kLanes + i, so that a flush gives outputs
 // in their order.
 template <class V>
-struct EventPacking {
+struct EventPacking : EventUnits {
   bool nibbles;
-  size_t rows, part, parts, units, per_chunk, chunks;  // a unit is the channels, or a part of them, of one tap
-  size_t stored;                                       // rows of a block
+  size_t stored;  // rows of a block
   size_t vectors, weights, bytes;
-  int channels;
   int8_t* weight;
   int32_t *m, *b;
   int *budget, *fits;
 
-  EventPacking(const Conv& c, const void* packed) : channels(c.channels) {
-    const size_t taps = static_cast<size_t>(c.kernel_h) * c.kernel_w, all = c.channels;
-    rows = taps * all;
-    nibbles = c.weight_lo >= -8 && c.weight_hi <= 7 && c.outputs > V::kBytes && rows <= kNibbleRows;
-    const size_t most = nibbles ? kNibbleRows : kChunkRows;  // nibbles: one chunk
-    parts = (all + most - 1) / most;
-    part = parts == 1 ? all : round_up((all + parts - 1) / parts, 64);
-    parts = (all + part - 1) / part;
-    units = taps * parts;
-    per_chunk = most / part > 0 ? most / part : 1;
-    chunks = (units + per_chunk - 1) / per_chunk;
+  static bool in_nibbles(const Conv& c) {
+    return c.weight_lo >= -8 && c.weight_hi <= 7 && c.outputs > V::kBytes &&
+           static_cast<size_t>(c.kernel_h) * c.kernel_w * c.channels <= kListedRows;
+  }
+  EventPacking(const Conv& c, const void* packed)
+      : EventUnits(c, in_nibbles(c) ? kListedRows : kChunkRows, in_nibbles(c) && V::kCarrySave), nibbles(in_nibbles(c)) {
     stored = rows + 1;
     vectors = round_up(c.outputs, nibbles ? 2 * V::kBytes : V::kBytes) / V::kBytes;
     weights = round_up(stored * vectors * (nibbles ? V::kBytes / 2 : V::kBytes), 64);
@@ -63,12 +49,6 @@ struct EventPacking {
     budget = b + vectors * V::kBytes;
     fits = budget + 1;
   }
-  size_t unit_row(size_t unit) const { return unit / parts * channels + unit % parts * part; }
-  size_t unit_channels(size_t unit) const {
-    const size_t left = parts == 1 ? part : channels - unit % parts * part;
-    return left < part ? left : part;
-  }
-  size_t chunk_row(size_t chunk) const { return chunk == chunks ? rows : unit_row(chunk * per_chunk); }
   size_t row_bytes(size_t count) const { return count * (nibbles ? V::kBytes / 2 : V::kBytes); }
   size_t block_vectors(size_t vector) const {
     const size_t most = nibbles ? V::kNibbleVectors : V::kByteVectors;
@@ -117,43 +97,16 @@ void events_pack(const Conv& c, void* packed) {
   *p.budget = up < down ? up : down;
 }
 
-// The scratch: lists of row numbers, times kEventEntry. A list of one pixel has at most channels * hi entries.
+// Sums of a strip that wait for the next chunk.
 template <class V>
-struct EventLists {
-  size_t pixel, row, window, capacity, bytes;
-  uint32_t* starts;     // [kernel_h][width * parts + 1], of `rows`
-  uint32_t* positions;  // [kStripPixels * chunks + 1], of `strip`
-  uint32_t* pads;       // [parts + 1], of `pad`
-  int32_t* sums;        // [kStripPixels][accumulators of a block], where there are several chunks
-  uint16_t *pad, *rows, *strip;
-
-  EventLists(const Conv& c, const EventPacking<V>& p, void* scratch) {
-    const bool ring = c.kernel_h * c.kernel_w > 1;
-    pixel = static_cast<size_t>(c.channels) * (c.hi > 0 ? c.hi : 1);
-    row = ring ? c.width * pixel + kEventSlack : 0;
-    window = c.kernel_h * c.kernel_w * pixel + p.chunks * kGroup;
-    capacity = window > kStripEntries ? window : kStripEntries;
-    const size_t accumulators = (p.nibbles ? V::kNibbleVectors : V::kByteVectors) * static_cast<size_t>(V::kBytes);
-    char* at = static_cast<char*>(scratch);
-    const auto take = [&](size_t size) {
-      char* found = at;
-      at += round_up(size, 64);
-      return found;
-    };
-    sums = reinterpret_cast<int32_t*>(take(p.chunks > 1 ? kStripPixels * accumulators * sizeof(int32_t) : 0));
-    starts = reinterpret_cast<uint32_t*>(take(ring ? c.kernel_h * (c.width * p.parts + 1) * sizeof(uint32_t) : 0));
-    positions = reinterpret_cast<uint32_t*>(take((kStripPixels * p.chunks + 1) * sizeof(uint32_t)));
-    pads = reinterpret_cast<uint32_t*>(take((p.parts + 1) * sizeof(uint32_t)));
-    pad = reinterpret_cast<uint16_t*>(take((pixel + kEventSlack) * sizeof(uint16_t)));
-    rows = reinterpret_cast<uint16_t*>(take(c.kernel_h * row * sizeof(uint16_t)));
-    strip = reinterpret_cast<uint16_t*>(take((capacity + kEventSlack) * sizeof(uint16_t)));
-    bytes = static_cast<size_t>(at - static_cast<char*>(scratch));
-  }
-};
+size_t kept_bytes(const EventPacking<V>& p) {
+  return p.chunks > 1 ? kStripPixels * (p.nibbles ? V::kNibbleVectors : V::kByteVectors) * V::kBytes * sizeof(int32_t) : 0;
+}
 
 template <class V>
 size_t events_scratch_bytes(const Conv& c, int) {
-  return EventLists<V>(c, EventPacking<V>(c, nullptr), nullptr).bytes;
+  const EventPacking<V> p(c, nullptr);
+  return EventLists(c, p, kept_bytes<V>(p), nullptr).bytes;
 }
 
 // N vectors of bytes, all of the list, into 4 N int32 vectors.
@@ -270,7 +223,7 @@ struct EventsFinish {
 
 // A block of outputs for all pixels of a strip, weights of 4 bits; they are in one chunk.
 template <class V, int N, class Finish>
-void nibble_block(const Conv& c, const EventPacking<V>& p, const EventLists<V>& lists, size_t pixels, const int8_t* weight,
+void nibble_block(const Conv& c, const EventPacking<V>& p, const EventLists& lists, size_t pixels, const int8_t* weight,
                   size_t y, int o, const typename V::Scale& scale, const Finish& write) {
   const EventsFinish<V, N, Finish> finish{write, scale, p.m, p.b, o, c.outputs};
   for (size_t i = 0; i < pixels; ++i, y += c.outputs) {
@@ -285,13 +238,13 @@ void nibble_block(const Conv& c, const EventPacking<V>& p, const EventLists<V>& 
 
 // The same for weights of 8 bits, chunk by chunk.
 template <class V, int N, class Finish>
-void byte_block(const Conv& c, const EventPacking<V>& p, const EventLists<V>& lists, size_t pixels, const int8_t* weight,
+void byte_block(const Conv& c, const EventPacking<V>& p, const EventLists& lists, size_t pixels, const int8_t* weight,
                 size_t y0, int o, const typename V::Scale& scale, const Finish& write) {
   const EventsFinish<V, N, Finish> finish{write, scale, p.m, p.b, o, c.outputs};
   for (size_t chunk = 0; chunk < p.chunks; ++chunk) {
     const int8_t* w = weight + p.chunk_row(chunk) * p.row_bytes(N);
     const uint32_t* position = lists.positions + chunk;
-    int32_t* kept = lists.sums;
+    int32_t* kept = static_cast<int32_t*>(lists.other);
     size_t y = y0;
     for (size_t i = 0; i < pixels; ++i, position += p.chunks, kept += 4 * N * V::kLanes, y += c.outputs) {
       typename V::I32 acc[4 * N];
@@ -307,155 +260,17 @@ void byte_block(const Conv& c, const EventPacking<V>& p, const EventLists<V>& li
   }
 }
 
-// What the lists of column x count from, modulo 2^16. Where units are whole pixels they run on from pixel to pixel, as rows of
-// weights do from tap to tap: those of neighbours are then one list for a window, wherever that begins.
-template <class V>
-uint16_t list_base(const EventPacking<V>& p, int x) {
-  return p.parts == 1 ? static_cast<uint16_t>(static_cast<uint32_t>(x) * static_cast<uint32_t>(p.part) * kEventEntry) : 0;
-}
-
-// The lists of one row of the input's pixels.
-template <class V>
-void list_row(const Conv& c, const EventPacking<V>& p, const uint8_t* image, int y, const EventLists<V>& lists) {
-  const int slot = y % c.kernel_h;
-  uint32_t* starts = lists.starts + slot * (c.width * p.parts + 1);
-  uint16_t* to = lists.rows + slot * lists.row;
-  const uint8_t* codes = image + static_cast<size_t>(y) * c.width * c.channels;
-  size_t count = 0;
-  for (int x = 0; x < c.width; ++x)
-    for (size_t part = 0; part < p.parts; ++part) {
-      *starts++ = static_cast<uint32_t>(count);
-      count = V::append_events(to, count, codes, static_cast<int>(p.unit_channels(part)), list_base(p, x));
-      codes += p.unit_channels(part);
-    }
-  *starts = static_cast<uint32_t>(count);
-}
-
-// Fills the last group of a list up with a row that adds nothing, the one after the chunk's `rows`.
-template <class V>
-size_t end_list(const EventPacking<V>& p, uint16_t* strip, size_t start, size_t count, size_t rows) {
-  if (!V::kCarrySave || !p.nibbles) return count;
-  for (size_t i = 0; i < kGroup; ++i) strip[count + i] = static_cast<uint16_t>(rows * kEventEntry);
-  return start + round_up(count - start, kGroup);
-}
-
-// Appends the lists of one output pixel to the strip, chunk by chunk; returns the new length. Convolutions of one tap: no
-// list is wanted twice, so they are made where they go.
-template <class V>
-size_t list_pixel(const Conv& c, const EventPacking<V>& p, const uint8_t* image, int y, int x, const EventLists<V>& lists,
-                  uint32_t* positions, size_t count) {
-  const bool inside = y >= 0 && y < c.height && x >= 0 && x < c.width;
-  const uint8_t* codes = image + (inside ? (static_cast<size_t>(y) * c.width + x) * c.channels : 0);
-  size_t start = count, row = 0;
-  *positions++ = static_cast<uint32_t>(count);
-  for (size_t part = 0; part < p.parts; ++part) {
-    if (part > 0 && part % p.per_chunk == 0) {
-      count = end_list<V>(p, lists.strip, start, count, row);
-      *positions++ = static_cast<uint32_t>(start = count);
-      row = 0;
-    }
-    const uint16_t first = static_cast<uint16_t>(row * kEventEntry);
-    const size_t channels = p.unit_channels(part), before = count;
-    uint16_t* to = lists.strip + count;
-    if (inside) {
-      count = V::append_events(lists.strip, count, codes + part * p.part, static_cast<int>(channels), 0);
-      if (first > 0) V::copy_events(to, to, count - before, first);
-    } else {
-      count += lists.pads[part + 1] - lists.pads[part];
-      V::copy_events(to, lists.pad + lists.pads[part], count - before, first);
-    }
-    row += channels;
-  }
-  count = end_list<V>(p, lists.strip, start, count, row);
-  *positions = static_cast<uint32_t>(count);
-  return count;
-}
-
-// The same for several taps that are one chunk, a row of taps at a time.
-template <class V>
-size_t list_taps(const Conv& c, const EventPacking<V>& p, int top, int left, const EventLists<V>& lists, uint32_t* positions,
-                 size_t count) {
-  uint16_t* const strip = lists.strip;
-  const int right = left + c.kernel_w, x0 = left > 0 ? left : 0, x1 = right < c.width ? right : c.width;
-  const size_t pads = lists.pads[1], start = count;
-  const uint16_t* const pad = lists.pad;
-  const uint16_t step = static_cast<uint16_t>(p.part * kEventEntry);
-  uint16_t first = 0;  // of this row's taps
-  positions[0] = static_cast<uint32_t>(count);
-  for (int y = top; y < top + c.kernel_h; ++y) {
-    const bool inside = y >= 0 && y < c.height && x0 < x1;
-    if (inside) {
-      const size_t slot = y % c.kernel_h;
-      const uint32_t* starts = lists.starts + slot * (c.width + 1);
-      const size_t n = starts[x1] - starts[x0];
-      V::copy_events(strip + count, lists.rows + slot * lists.row + starts[x0], n,
-                     static_cast<uint16_t>(first - list_base(p, left)));
-      count += n;
-    }
-    for (int x = left; x < right; ++x, first = static_cast<uint16_t>(first + step))
-      if (pads > 0 && !(inside && x >= x0 && x < x1)) V::copy_events(strip + count, pad, pads, first), count += pads;
-  }
-  count = end_list<V>(p, strip, start, count, p.rows);
-  positions[1] = static_cast<uint32_t>(count);
-  return count;
-}
-
-// The same for any taps.
-template <class V>
-size_t list_window(const Conv& c, const EventPacking<V>& p, int top, int left, const EventLists<V>& lists,
-                   uint32_t* positions, size_t count) {
-  // Copies, for the compiler to know that no list it writes changes them.
-  const int width = c.width, kernel_w = c.kernel_w;
-  const size_t parts = p.parts, per_chunk = p.per_chunk, part = p.part;
-  uint16_t* const strip = lists.strip;
-  const uint32_t* const pads = lists.pads;
-  const uint16_t* const pad = lists.pad;
-  size_t in_chunk = 0, row = 0, start = count;  // units of this chunk so far, their rows
-  *positions++ = static_cast<uint32_t>(count);
-  for (int y = top; y < top + c.kernel_h; ++y) {
-    const bool inside = y >= 0 && y < c.height;
-    const size_t slot = inside ? y % c.kernel_h : 0;
-    const uint32_t* starts = lists.starts + slot * (width * parts + 1);
-    const uint16_t* listed = lists.rows + slot * lists.row;
-    for (int x = left; x < left + kernel_w; ++x) {
-      const bool here = inside && x >= 0 && x < width;
-      const uint32_t* at = here ? starts + x * parts : pads;
-      const uint16_t* from = here ? listed : pad;
-      for (size_t i = 0; i < parts; ++i) {
-        if (in_chunk++ == per_chunk) {
-          count = end_list<V>(p, strip, start, count, row);
-          *positions++ = static_cast<uint32_t>(start = count);
-          in_chunk = 1, row = 0;
-        }
-        const size_t n = at[i + 1] - at[i];
-        V::copy_events(strip + count, from + at[i], n,
-                       static_cast<uint16_t>(row * kEventEntry - (here ? list_base(p, x) : 0)));
-        count += n;
-        row += parts == 1 ? part : p.unit_channels(i);
-      }
-    }
-  }
-  count = end_list<V>(p, strip, start, count, row);
-  *positions = static_cast<uint32_t>(count);
-  return count;
-}
-
 template <class V, class Finish>
 void events_rows(const Conv& c, const EventPacking<V>& p, const void* image, int row0, int row1, const Finish& write,
                  void* scratch) {
-  const EventLists<V> lists(c, p, scratch);
+  const EventLists lists(c, p, kept_bytes<V>(p), scratch);
   const typename V::Scale scale(c.shift);
   const uint8_t* codes = static_cast<const uint8_t*>(image);
-  for (size_t part = 0, count = 0; part <= p.parts; ++part) {
-    lists.pads[part] = static_cast<uint32_t>(count);
-    if (part == p.parts) break;
-    for (size_t i = 0; i < p.unit_channels(part); ++i)
-      for (int n = 0; n < c.pad_value[part * p.part + i]; ++n) lists.pad[count++] = static_cast<uint16_t>(i * kEventEntry);
-  }
+  list_pads(c, p, lists);
   // Rows are read in no order that a processor would foresee.
   for (size_t at = 0; at < p.weights; at += 64) V::prefetch(p.weight + at);
   int oy = row0, ox = 0;
-  int listed = 0;  // rows before this one have been listed, as far as they are needed
+  int listed = 0;
   const size_t all = static_cast<size_t>(row1 - row0) * c.out_width;
   for (size_t pixel = 0; pixel < all;) {
     const size_t first = pixel;
@@ -463,14 +278,7 @@ void events_rows(const Conv& c, const EventPacking<V>& p, const void* image, int
     for (; pixel < all && pixel - first < kStripPixels && (pixel == first || count + lists.window <= lists.capacity); ++pixel) {
       if (ox == c.out_width) ox = 0, ++oy;
       const int top = oy * c.stride_h - c.pad_h, left = ox * c.stride_w - c.pad_w;
-      uint32_t* positions = lists.positions + (pixel - first) * p.chunks;
-      if (p.units == p.parts) {
-        count = list_pixel<V>(c, p, codes, top, left, lists, positions, count);
-      } else {
-        if (listed < top) listed = top;
-        for (; listed < top + c.kernel_h && listed < c.height; ++listed) list_row<V>(c, p, codes, listed, lists);
-        count = (p.chunks == 1 && p.parts == 1 ? list_taps<V> : list_window<V>)(c, p, top, left, lists, positions, count);
-      }
+      count = list_any<V>(c, p, codes, top, left, lists, listed, lists.positions + (pixel - first) * p.chunks, count);
       ++ox;
     }
     const int8_t* weight = p.weight;

@@ -72,10 +72,11 @@ enum class Variant {
   dense,     // every product: any convolution
   narrow,    // as dense, with weights of 2 or 4 bits that stay packed in memory and are unpacked in registers
   events,    // additions of weight rows, only for codes that are not 0: sparse u8 codes
+  sliced,    // the same for weights -1 and +1, whose rows of bits are added by carry-save adders
   popcount,  // AND and bit counts on planes of the codes: weights -1 and +1, u8 codes
   shift,     // weights 0 and +-2^e: shifts and additions, no products
 };
-constexpr int kVariants = 5;
+constexpr int kVariants = 6;
 const char* variant_name(Variant);  // "dense" ...
 
 struct ConvKernel {
@@ -158,8 +159,9 @@ struct IeLif {
   int decay_s, levels, fraction_bits, steps;
 };
 
-// The instructions that bound a variant: products (dense, narrow), AND and count (popcount), 8-bit additions (events).
-enum class Spin { dot, popcount, add };
+// The instructions that bound a variant: products (dense, narrow), AND and count (popcount), 8-bit additions (events), full
+// adders (sliced).
+enum class Spin { dot, popcount, add, carry };
 
 struct Kernels {
   const char* name;
@@ -202,6 +204,11 @@ constexpr int kEventEntry = 8;
 // The rule for `supported` that every set starts from (scalar.cc); a set may support less, never more.
 bool may_support(Variant, const Conv&);
 
+// Sliced: whether the taps of a row lie side by side in a row of bits of `outputs` bits (see sliced.h).
+inline bool sliced_across(const Conv& c, int outputs) {
+  return c.stride_w == 1 && c.kernel_w >= 2 && c.kernel_w <= 4 && c.outputs <= outputs / 2;
+}
+
 // The scalar kernels that other sets borrow. (Their tables must be constants: code that runs when the module is loaded
 // must not use instructions the CPU may lack.)
 void scalar_mean(Kind, const void* x, size_t rows, size_t columns, size_t row_stride, int32_t m, int32_t* y);
@@ -222,6 +229,10 @@ void conv_popcount_avx512(const Conv&, const void* packed, const void* image, in
 extern const MapKernel maps_popcount_avx512;
 double spin_popcount_avx512(size_t rounds);
 bool cpu_has_avx512_popcount();  // dispatch.cc
+
+// avx512_sliced.cc, for CPUs with VBMI and GFNI: lays nothing out otherwise than the kernel of all AVX-512.
+void conv_sliced_avx512(const Conv&, const void* packed, const void* image, int row0, int row1, const Epilogue&, void* scratch);
+bool cpu_has_avx512_matrices();  // dispatch.cc
 
 // avx512_compress.cc, for CPUs with VBMI2: see append_events in avx512.h.
 size_t append_events_avx512(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base);

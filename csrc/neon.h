@@ -240,6 +240,36 @@ struct Neon : NeonCodes<kDot> {
     const int32x4_t low = vdupq_n_s32(255);
     for (int j = 0; j < 4; ++j) acc[j] = vaddq_s32(acc[j], vandq_s32(shift_right_zero(part, 8 * j), low));
   }
+  static I32 majority(I32 a, I32 b, I32 c) { return select(xor_(a, b), c, a); }
+  static I32 parity(I32 a, I32 b, I32 c) { return xor_(xor_(a, b), c); }
+  // What 16 outputs count, in planes of bits `kStep` bytes apart, least output first.
+  template <size_t kStep>
+  static void count_planes(const uint8_t* from, int planes, I32* count) {
+    const uint8x16_t place = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    uint8x16_t half[2] = {vdupq_n_u8(0), vdupq_n_u8(0)};  // planes 0 to 7, and the others
+    for (int p = planes - 1; p >= 0; --p) {
+      const uint8_t* at = from + p * kStep;
+      const uint8x16_t set = vtstq_u8(vcombine_u8(vdup_n_u8(at[0]), vdup_n_u8(at[1])), place);  // all ones: -1
+      half[p / 8] = vsubq_u8(vaddq_u8(half[p / 8], half[p / 8]), set);
+    }
+    const uint16x8_t low = vorrq_u16(vmovl_u8(vget_low_u8(half[0])), vshll_n_u8(vget_low_u8(half[1]), 8));
+    const uint16x8_t high = vorrq_u16(vmovl_u8(vget_high_u8(half[0])), vshll_n_u8(vget_high_u8(half[1]), 8));
+    count[0] = vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(low)));
+    count[1] = vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(low)));
+    count[2] = vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(high)));
+    count[3] = vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(high)));
+  }
+  // Four lanes of a quarter of a vector.
+  static void store_last_lane(uint8_t* p, I32 v) {
+    const int32_t last = vgetq_lane_s32(v, 3);
+    memcpy(p, &last, 4);
+  }
+  static void store_lanes(uint8_t* p, size_t step, I32 v) {
+    int32_t lanes[4];
+    vst1q_s32(lanes, v);
+    for (int i = 0; i < 4; ++i) memcpy(p + i * step, lanes + i, 4);
+  }
+  static I32 lanes_up(I32 v) { return vextq_s32(vdupq_n_s32(0), v, 3); }
   static I32 low_nibbles(I32 v) { return vandq_s32(v, vreinterpretq_s32_s8(vdupq_n_s8(15))); }
   static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base) {
     for (int c = 0; c < channels; c += kBytes) {

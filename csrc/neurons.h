@@ -18,14 +18,38 @@ struct Shrink {
   // Only if plain. Half up: floor((u + 1) / 2) is u - floor(u / 2), which does not overflow.
   I32 narrow(I32 x) const {
     if (shift == 0) return x;
-    const I32 twice = V::shift_right(x, shift - 1);
-    return V::sub(twice, V::shift_right(twice, 1));
+    return half(shift == 1 ? x : V::shift_right(x, shift - 1));
   }
+  static I32 half(I32 x) { return V::sub(x, V::shift_right(x, 1)); }
   typename V::Factor wide(I32 x) const {
     if (plain && shift == 0) return typename V::Factor(x);
     return V::shifted(x, m, scale);
   }
   I32 saturated(I32 x) const { return plain ? narrow(x) : V::requant(x, m, V::no_bias(), scale); }
+};
+
+// rshift(x * m, s) for small x, without 64 bits: with m = 2^16 a + b and 0 <= b < 2^16, neither x a nor x b leaves 32 bits. Where
+// s > 16 their sum is made 2^16 times too small, which drops nothing that rounding would see; elsewhere x a is shifted up, and
+// what it loses above 32 bits the result does not have.
+template <class V>
+struct ShrinkSmall {
+  using I32 = typename V::I32;
+  I32 a, b, round;
+  int down, up;
+
+  // For |x| <= most.
+  static bool fits(int32_t m, int s, int64_t most) {
+    return most < 1 << 15 && s >= 1 && s <= 46 && (most * (m < 0 ? -int64_t{m} : m)) >> s < INT32_MAX;
+  }
+  // Only what `fits` may be called.
+  ShrinkSmall(int32_t m, int s)
+      : a(V::splat(m >> 16)), b(V::splat(m & 0xffff)), round(V::splat(s < 1 || s > 46 ? 0 : 1 << (s > 16 ? s - 17 : s - 1))),
+        down(s > 16 ? s - 16 : s), up(s > 16 ? -1 : 16 - s) {}
+  I32 operator()(I32 x) const {
+    const I32 high = V::multiply(x, a), low = V::multiply(x, b);
+    if (up >= 0) return V::add(V::shift_left(high, up), V::shift_right(V::add(low, round), down));
+    return V::shift_right(V::add(V::add(high, V::shift_right(low, 16)), round), down);
+  }
 };
 
 // Potential -> code by the table of a PackedLif.
@@ -51,12 +75,23 @@ struct Store {
 
 constexpr int kCountedEntries = 63;  // of a table without buckets: more are sooner searched than compared with all
 
-// With kNarrow, leak and gain are shifts. `packed` is a copy: what is stored through y may be anything's bytes.
-template <class V, Lif::Reset kReset, bool kNarrow, bool kTable>
+// What is known of a neuron's numbers.
+enum class LifForm {
+  wide,    // nothing
+  narrow,  // leak and gain are shifts
+  half,    // both are halves, the reset is hard, and no sum overflows
+  table,   // potentials are codes of a table
+  codes,   // and the gain is a shift, a code's leak needs no 64 bits
+};
+
+// `packed` is a copy: what is stored through y may be anything's bytes.
+template <class V, Lif::Reset kReset, LifForm kForm>
 void lif_some(const PackedLif packed, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
   using I32 = typename V::I32;
+  constexpr bool kTable = kForm == LifForm::table || kForm == LifForm::codes;
   const Lif& p = packed.lif;
   const Shrink<V> decay(p.decay_m, p.decay_s), gain(p.gain_m, p.gain_s);
+  const ShrinkSmall<V> decay_code(p.decay_m, p.decay_s);
   const Store<V> store{packed};
   const int steps = p.steps;
   const I32 below = V::splat(p.strict ? p.threshold : p.threshold - 1), minus_amount = V::splat(-packed.amount);
@@ -65,8 +100,10 @@ void lif_some(const PackedLif packed, const int32_t* x, size_t count, size_t x_s
     for (int t = 0;; ++t) {
       const I32 drive = V::load(x + t * x_stride + i, lanes);
       I32 h;
-      if (t == 0) h = gain.saturated(drive);  // the potential is still 0
-      else if (kNarrow) h = V::add_saturating(decay.narrow(v), gain.narrow(drive));
+      if (kForm == LifForm::half) h = t == 0 ? gain.half(drive) : V::add(decay.half(v), gain.half(drive));
+      else if (t == 0) h = gain.saturated(drive);  // the potential is still 0
+      else if (kForm == LifForm::narrow) h = V::add_saturating(decay.narrow(v), gain.narrow(drive));
+      else if (kForm == LifForm::codes) h = V::add_saturating(decay_code(v), gain.narrow(drive));
       else h = V::requant(v, decay.m, gain.wide(drive), decay.scale);
       const typename V::Mask spike = V::above(h, below);
       V::store_spikes(y + t * y_stride + i, spike, lanes);
@@ -82,24 +119,32 @@ void lif_some(const PackedLif packed, const int32_t* x, size_t count, size_t x_s
   if (i < count) some(i, static_cast<int>(count - i));
 }
 
+template <class V, LifForm kForm>
+void lif_reset(const PackedLif& packed, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
+  using Reset = Lif::Reset;
+  const Reset reset = packed.lif.reset;
+  if constexpr (kForm == LifForm::half) return lif_some<V, Reset::hard, kForm>(packed, x, count, x_stride, y, y_stride);
+  const auto run = reset == Reset::hard   ? lif_some<V, Reset::hard, kForm>
+                   : reset == Reset::soft ? lif_some<V, Reset::soft, kForm>
+                                          : lif_some<V, Reset::none, kForm>;
+  run(packed, x, count, x_stride, y, y_stride);
+}
+
 template <class V>
 void lif_packed(const PackedLif& packed, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride) {
-  using Reset = Lif::Reset;
   const Lif& p = packed.lif;
   // What has no vector form: a long table without buckets, and numbers whose neighbour or negative is no int32.
   if ((packed.table && !packed.buckets && packed.entries > kCountedEntries) || packed.amount == INT32_MIN ||
       p.threshold == INT32_MIN)
     return scalar_lif_packed(packed, x, count, x_stride, y, y_stride);
-  const bool narrow = Shrink<V>(p.decay_m, p.decay_s).plain && Shrink<V>(p.gain_m, p.gain_s).plain;
-  const auto choose = [=](auto hard, auto soft, auto none) {
-    return p.reset == Reset::hard ? hard : p.reset == Reset::soft ? soft : none;
-  };
-  const auto run = packed.table ? choose(lif_some<V, Reset::hard, false, true>, lif_some<V, Reset::soft, false, true>,
-                                         lif_some<V, Reset::none, false, true>)
-                   : narrow     ? choose(lif_some<V, Reset::hard, true, false>, lif_some<V, Reset::soft, true, false>,
-                                         lif_some<V, Reset::none, true, false>)
-                                : choose(lif_some<V, Reset::hard, false, false>, lif_some<V, Reset::soft, false, false>,
-                                         lif_some<V, Reset::none, false, false>);
+  const bool shifted = Shrink<V>(p.gain_m, p.gain_s).plain, narrow = shifted && Shrink<V>(p.decay_m, p.decay_s).plain;
+  // A potential below the threshold and the largest drive: 2^30 - 1 and 2^30 at most.
+  const bool half = narrow && p.decay_s == 1 && p.gain_s == 1 && p.reset == Lif::Reset::hard && p.threshold < INT32_MAX;
+  const bool small = shifted && ShrinkSmall<V>::fits(p.decay_m, p.decay_s, packed.entries);
+  const auto run = packed.table ? small ? lif_reset<V, LifForm::codes> : lif_reset<V, LifForm::table>
+                   : half       ? lif_reset<V, LifForm::half>
+                   : narrow     ? lif_reset<V, LifForm::narrow>
+                                : lif_reset<V, LifForm::wide>;
   run(packed, x, count, x_stride, y, y_stride);
 }
 

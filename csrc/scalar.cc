@@ -56,6 +56,9 @@ int32_t multiply(int32_t x, int32_t w) { return x * w; }
 
 int32_t add_if_event(int32_t x, int32_t w) { return x ? x * w : 0; }
 
+// w is +1 or -1: x events, and those that meet a +1 count twice.
+int32_t add_bit_if_event(int32_t x, int32_t w) { return x ? 2 * (w > 0 ? x : 0) - x : 0; }
+
 // w is +1 or -1: every bit of x counts with its place value where w is +1; twice that, less x, is x * w.
 int32_t count_bits(int32_t x, int32_t w) {
   int32_t ones = 0;
@@ -294,6 +297,7 @@ const char* variant_name(Variant v) {
     case Variant::dense: return "dense";
     case Variant::narrow: return "narrow";
     case Variant::events: return "events";
+    case Variant::sliced: return "sliced";
     case Variant::popcount: return "popcount";
     case Variant::shift: return "shift";
   }
@@ -308,6 +312,7 @@ bool may_support(Variant v, const Conv& c) {
     case Variant::dense: return true;
     case Variant::narrow: return c.weight_lo >= -8 && c.weight_hi <= 7;
     case Variant::events: return counts;
+    case Variant::sliced:
     case Variant::popcount: return counts && c.weight_bipolar && c.hi <= 15;
     case Variant::shift: return c.weight_pow2;
   }
@@ -317,6 +322,7 @@ bool may_support(Variant v, const Conv& c) {
 constexpr Kernels kernels_scalar = {"scalar",
                                     {conv_kernel<Variant::dense, multiply>(), conv_kernel<Variant::narrow, multiply>(),
                                      conv_kernel<Variant::events, add_if_event>(),
+                                     conv_kernel<Variant::sliced, add_bit_if_event>(),
                                      conv_kernel<Variant::popcount, count_bits>(),
                                      conv_kernel<Variant::shift, shift_by_exponent>()},
                                     finish,

@@ -27,6 +27,8 @@ double spin(Spin what, size_t rounds) {
     return spin_on<V>(rounds, V::kLanes * V::kUnit, [](I32 acc, I32 x) { return V::dot(acc, x, x); });
   if (what == Spin::add)
     return spin_on<V>(rounds, V::kBytes, [](I32 acc, I32 x) { return V::add8(acc, V::opaque(x)); });
+  if (what == Spin::carry)  // a row of bits each
+    return spin_on<V>(rounds, 8 * V::kBytes, [](I32 acc, I32 x) { return V::parity(acc, V::majority(acc, x, V::opaque(x)), x); });
   return V::spin_popcount(rounds);
 }
 

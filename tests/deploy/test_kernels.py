@@ -155,7 +155,7 @@ def test_what_each_variant_supports(isa):
     def among(names: set[str]) -> set[str]:  # a CPU may lack the bit counts of 512 bits
         return names - {"popcount"} if isa == "avx512" else names
 
-    assert among(supported([-1, 1], "counts", isa)) == among({"dense", "narrow", "events", "popcount", "shift"})
+    assert among(supported([-1, 1], "counts", isa)) == among({"dense", "narrow", "events", "sliced", "popcount", "shift"})
     assert supported([-8, 7], "counts", isa) == {"dense", "narrow", "events"}
     assert supported([-8, 4, 0], "signed", isa) == {"dense", "narrow", "shift"}
     assert supported([-64, 64], "counts", isa) == {"dense", "events", "shift"}
@@ -218,6 +218,30 @@ def test_chunks_and_strips_of_events_change_nothing(isa, weights, channels, kern
     out = np.empty_like(expected)
     conv(x, (0, len(out)), None, out, [])
     np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("channels, kernel, size, outputs, top, share", [
+    (3, (3, 3), (3, 120), 60, 1, 0.5),  # rows of taps side by side, cut into strips that overlap
+    (20, (2, 4), (4, 9), 129, 2, 0.3), (40, (1, 3), (2, 50), 256, 1, 0.2), (16, (3, 2), (5, 5), 31, 15, 1.0),
+    (65, (3, 3), (5, 7), 600, 1, 0.2), (30, (5, 5), (6, 6), 70, 1, 0.1),  # whole windows
+    (4000, (1, 1), (2, 2), 530, 15, 1.0), (300, (3, 3), (2, 2), 9, 4, 1.0),  # as many planes as there are
+    (100, (1, 1), (1, 70), 513, 1, 0.0), (64, (3, 3), (1, 1), 128, 1, None),
+])
+def test_rows_of_bits_are_the_definition_whatever_is_counted(isa, channels, kernel, size, outputs, top, share):
+    rng = np.random.default_rng(channels + outputs)
+    x = draw(rng, (*size, channels), share, 1 if share == 1.0 else 0, top)
+    w = np.ones((outputs, *kernel, channels), np.int8)  # the first outputs count every event
+    w[2:] = rng.choice([-1, 1], w[2:].shape)
+    pad, around = rng.integers(0, top + 1, channels).astype(np.int16), (kernel[0] // 2, kernel[1] // 2)
+    m, b = rng.integers(-MOST, MOST, outputs).astype(np.int32), rng.integers(-999, 999, outputs).astype(np.int32)
+    expected = ops.conv(x[None, None], w, (1, 1), around, 1, pad, m, 20, b)[0, 0]
+    conv = _kernels.OneConv(isa, "sliced", size, w, (1, 1), around, 1, pad, m, 20, b, (0, top))
+    assert conv.supported
+    for first in {0, len(expected) - 1}:
+        out = np.empty_like(expected[first:])
+        conv(x, (first, len(expected)), None, out, [])
+        np.testing.assert_array_equal(out, expected[first:])
 
 
 def spikes_or_counts(rng: np.random.Generator, shape: tuple[int, ...], most: int) -> np.ndarray:
@@ -287,9 +311,11 @@ def test_neurons_with_any_table_are_the_definition(seed, kind, bits, steps, coun
         edge = rng.choice(table, x.shape).astype(np.int64) + rng.integers(-1, 2, x.shape)
         x = np.where(rng.random(x.shape) < 0.5, np.clip(edge, -MOST - 1, MOST), x).astype(np.int32)
     x.flat[rng.integers(x.size)] = rng.choice([-MOST - 1, MOST])
-    decay = (1, int(rng.choice([0, 1, 2, 31, 32]))) if tame else (int(rng.integers(-MOST, MOST) >> rng.integers(31)), 15)
-    gain = (1, int(rng.choice([0, 1, 31, 40]))) if tame or rng.random() < 0.5 else (int(rng.integers(-MOST, MOST)), 30)
-    threshold, amount = (int(v) for v in rng.choice([-MOST - 1, MOST, 0, 1 << 20, 1000], 2))
+    decay = (1, int(rng.choice([0, 1, 2, 31, 32]))) if tame else (
+        int(rng.integers(-MOST, MOST) >> rng.integers(31)), int(rng.choice([0, 1, 8, 15, 16, 17, 18, 30, 46, 47])),
+    )
+    gain = (1, int(rng.choice([0, 1, 1, 31, 40]))) if tame or rng.random() < 0.5 else (int(rng.integers(-MOST, MOST)), 30)
+    threshold, amount = (int(v) for v in rng.choice([-MOST - 1, MOST - 1, MOST, 0, 1 << 20, 1000], 2))
     y, shape = np.full((steps, count), 9, np.uint8), (len(x), 1, 1, 1, count)
     if len(table):
         expected = ops.lif_packed(x.reshape(shape), decay, gain, threshold, reset, steps, strict, bits, table, amount)

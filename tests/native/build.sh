@@ -14,6 +14,7 @@ case "$("$compiler" -dumpmachine)" in
       name="$(basename "$file" .cc)"
       more=""; [ "$name" = avx512_popcount ] && more=-mavx512vpopcntdq
       [ "$name" = avx512_compress ] && more=-mavx512vbmi2
+      [ "$name" = avx512_sliced ] && more="-mavx512vbmi -mgfni"
       compile "$file" "$name" $target $avx512 $more "$@"
     done ;;
   aarch64*) target=-DBITSPIKE_ARM64=1

@@ -303,6 +303,7 @@ bool check_neurons(Random& r) {
   Lif p{};
   p.decay_m = tame ? static_cast<int32_t>(r.between(0, 256)) : some_m(r), p.decay_s = tame ? 8 : some_shift(r);
   p.gain_m = tame ? static_cast<int32_t>(r.between(1, 256)) : some_m(r), p.gain_s = tame ? 8 : some_shift(r);
+  if (r.chance(20)) p.decay_m = p.gain_m = 1, p.decay_s = p.gain_s = 1;
   p.threshold = tame ? 1024 : some_int32(r), p.steps = steps, p.strict = r.chance(50);
   p.reset = static_cast<Lif::Reset>(r.between(0, 2));
   bool good = same<uint8_t>("lif", count * steps, [&](const Kernels& k, uint8_t* y) { k.lif(p, x.data(), count, stride, y, count); });

@@ -1,0 +1,38 @@
+// The AVX-512 kernel for rows of bits, with byte permutations and bit matrices (VBMI, GFNI): planes become numbers eight at a time.
+#include "avx512.h"
+#include "sliced.h"
+
+namespace bitspike {
+namespace {
+
+struct Avx512Sliced : Avx512 {
+  // Planes 0 to 7 of 64 outputs are eight matrices of 8 x 8 bits, a row a plane; transposed, a row is a number. The permutation
+  // gathers a matrix into 64 bits, plane 7 first as the instruction wants it, and the matrices of the outputs from 32 on between those
+  // of the others, so that unpacking puts all in order.
+  template <size_t kStep>
+  static void count_planes(const uint8_t* from, int planes, I32* count) {
+    static_assert(kStep == 16, "planes of a lane");
+    alignas(64) static constexpr uint8_t kMatrices[64] = {
+        112, 96, 80, 64, 48, 32, 16, 0, 116, 100, 84, 68, 52, 36, 20, 4, 113, 97, 81, 65, 49, 33, 17, 1, 117, 101, 85, 69, 53, 37, 21, 5,
+        114, 98, 82, 66, 50, 34, 18, 2, 118, 102, 86, 70, 54, 38, 22, 6, 115, 99, 83, 67, 51, 35, 19, 3, 119, 103, 87, 71, 55, 39, 23, 7};
+    const __m512i matrices = _mm512_load_si512(kMatrices), unit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201u));
+    const auto bytes = [&](const uint8_t* at, int rows) {  // plane p is byte 7 - p
+      const __mmask64 there = 0x0101010101010101u * ((0xff00u >> rows) & 0xffu);
+      const __m512i m = _mm512_maskz_permutex2var_epi8(rows >= 8 ? ~uint64_t{0} : there, _mm512_loadu_si512(at), matrices,
+                                                       _mm512_loadu_si512(at + 64));
+      return _mm512_gf2p8affine_epi64_epi8(unit, m, 0);
+    };
+    const __m512i low = bytes(from, planes), high = planes > 8 ? bytes(from + 8 * kStep, planes - 8) : zero();
+    widen_u16(_mm512_unpacklo_epi8(low, high), count);
+    widen_u16(_mm512_unpackhi_epi8(low, high), count + 2);
+  }
+};
+
+}  // namespace
+
+void conv_sliced_avx512(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e,
+                        void* scratch) {
+  conv_sliced<Avx512Sliced>(c, packed, image, row0, row1, e, scratch);
+}
+
+}  // namespace bitspike
