@@ -100,7 +100,33 @@ inline void maxpool(const Pool& p, const void* image, int row0, int row1, void* 
     maxpool_rows(p, static_cast<const int32_t*>(image), row0, row1, static_cast<int32_t*>(out));
 }
 
-// mean and lookup have no vector version: they are a small part of every network.
+// The mean of a power of two, 2^shift, of rows: a shift where others divide. A block of columns at a time, for the compiler to
+// make vectors of.
+template <class T>
+void mean_shifted(const T* x, size_t rows, int shift, size_t columns, size_t row_stride, int32_t m, int32_t* y) {
+  constexpr size_t kSome = 64;
+  for (size_t first = 0; first < columns; first += kSome, x += kSome, y += kSome) {
+    const size_t count = columns - first < kSome ? columns - first : kSome;
+    int64_t sum[kSome] = {};
+    for (size_t r = 0; r < rows; ++r)
+      for (size_t c = 0; c < count; ++c) sum[c] += x[r * row_stride + c];
+    for (size_t c = 0; c < count; ++c) {
+      const int64_t mean = (int64_t{2} * m * sum[c] + (int64_t{1} << shift)) >> (shift + 1);
+      y[c] = mean > INT32_MAX ? INT32_MAX : mean < INT32_MIN ? INT32_MIN : static_cast<int32_t>(mean);
+    }
+  }
+}
+
+inline void mean(Kind kind, const void* x, size_t rows, size_t columns, size_t row_stride, int32_t m, int32_t* y) {
+  int shift = 0;
+  while (size_t{1} << shift < rows) ++shift;
+  if (size_t{1} << shift != rows || shift > 30) return scalar_mean(kind, x, rows, columns, row_stride, m, y);
+  if (kind == Kind::u8) mean_shifted(static_cast<const uint8_t*>(x), rows, shift, columns, row_stride, m, y);
+  else if (kind == Kind::s8) mean_shifted(static_cast<const int8_t*>(x), rows, shift, columns, row_stride, m, y);
+  else mean_shifted(static_cast<const int32_t*>(x), rows, shift, columns, row_stride, m, y);
+}
+
+// lookup has no vector version: it is a small part of every network.
 template <class V>
 constexpr Kernels kernels(const char* name, ConvKernel popcount, ConvKernel sliced = sliced_kernel<V>(),
                           MapKernel maps = map_kernel<V>()) {
@@ -119,7 +145,7 @@ constexpr Kernels kernels(const char* name, ConvKernel popcount, ConvKernel slic
           attention_scratch_bytes<V>,
           attention<V>,
           maps,
-          scalar_mean,
+          mean,
           lif<V>,
           lif_packed<V>,
           ielif<V>,

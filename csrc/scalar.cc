@@ -265,7 +265,7 @@ void scalar_mean(Kind kind, const void* x, size_t rows, size_t columns, size_t r
   for (size_t c = 0; c < columns; ++c) {
     int64_t sum = 0;
     for (size_t r = 0; r < rows; ++r) sum += value(kind, x, r * row_stride + c);
-    const int64_t top = 2 * m * sum + n, bottom = 2 * n;
+    const int64_t top = int64_t{2} * m * sum + n, bottom = 2 * n;
     const int64_t towards_zero = top / bottom;
     y[c] = sat32(towards_zero - (top % bottom < 0));
   }
