@@ -34,6 +34,8 @@ Pictures = Sequence[NDArray[np.uint8]]
 #: detections with at least this score are compared; where fewer than _FEW have it, the best _BEST of every picture
 _SURE, _FEW, _BEST = 0.5, 20, 10
 _OVERLAP = 0.95
+#: less than for classifiers: boxes hang on the last bits of potentials, and a picture has many of them to calibrate on
+_HEADROOM = 4
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class _Task:
              prefix: str = "") -> tuple[Program, Folder, list[Value]]:
         """See `export.fold`; `inside`: where the graph is in the whole model, for the names of layers."""
         steps = 1 if regions else self.time_steps
-        program, folder, outputs = fold(module, steps, self.mean, self.std, self.allow_float, bits, regions, prefix)
+        program, folder, outputs = fold(module, steps, self.mean, self.std, self.allow_float, bits, regions, prefix,
+                                        _HEADROOM)
         for op in program.ops:
             if "layer" in op:
                 op["layer"] = inside + op["layer"]

@@ -115,14 +115,17 @@ def _check_arguments(pixels: Pixels, mean: NDArray[Any], std: NDArray[Any], shap
 
 
 def fold(module: torch.fx.GraphModule, steps: int, mean: NDArray[Any], std: NDArray[Any], allow_float: bool,
-         inner_bits: int, regions: bool = False, prefix: str = "") -> tuple[Program, Folder, list[Value]]:
-    """The program of an observed graph, with as many fraction bits as the calibrated potentials leave room for."""
+         inner_bits: int, regions: bool = False, prefix: str = "",
+         headroom: int = _HEADROOM) -> tuple[Program, Folder, list[Value]]:
+    """The program of an observed graph, with as many fraction bits as the calibrated potentials leave room for: `headroom`
+    times as large they still fit.
+    """
     bits = FRACTION_BITS
     while True:
         program = Program(bits, steps, prefix)
         folder = Folder(module, program, mean=mean, std=std, allow_float=allow_float, inner_bits=inner_bits, regions=regions)
         outputs = folder.run()
-        if not program.overflow and folder.lowering.largest * _HEADROOM < 2.0 ** (31 - bits):
+        if not program.overflow and folder.lowering.largest * headroom < 2.0 ** (31 - bits):
             return program, folder, outputs
         if bits == _LEAST_BITS:
             found = program.overflow or f"a potential of {folder.lowering.largest:.3g}"
