@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from bitspike.cli import call
-from bitspike.data.events import events, write
+from bitspike.data.events import events, read, write
 from bitspike.data.events.framing import Frames
 from bitspike.deploy import artifact, load
 
@@ -207,7 +207,7 @@ def test_gif(network: Path, recording: Path, tmp_path: Path, capsys):
         film.seek(3)
         pixels = np.asarray(film.convert("RGB"))[:256, :256]
     bright = pixels.max(2) > 60
-    assert 0.05 < bright.mean() < 0.6, "events are seen"
+    assert bright.mean() > 0.05, "events are seen"
     amber, blue = (pixels[..., 0] > pixels[..., 2] + 40).mean(), (pixels[..., 2] > pixels[..., 0] + 40).mean()
     assert amber > 0.02 and blue > 0.02
     assert "wrote" in capsys.readouterr().err
@@ -221,6 +221,26 @@ def test_page(network: Path, recording: Path, tmp_path: Path):
     assert data["names"] == list(CLASSES) and len(data["shares"]) == 10 and data["stop"][-1] == 10_000
     sheet = Image.open(io.BytesIO(base64.b64decode(data["sheet"].partition(",")[2])))
     assert sheet.size == (data["w"] * data["columns"], data["h"])
+
+
+def test_a_film_shows_what_the_windows_held(network: Path, recording: Path, tmp_path: Path):
+    """Dropped events are not drawn, and nothing behind them is lost."""
+    plain, odd = read(recording).data, tmp_path / "odd.npy"
+    at = len(plain) // 2
+    more = events([10**12, int(plain["t"][at])], [3, 900], [3, 3], [1, 1])  # far in the future; beside the sensor
+    write(odd, np.concatenate([plain[:at], more, plain[at:]]).astype(plain.dtype), "npy")
+    films = []
+    for path in (recording, odd):
+        assert call(["run", str(network), str(path), "--stream", "--save", str(tmp_path / "a.html")]) == 0
+        films.append(json.loads(re.search(r"const D=(\{.*?\});const I", (tmp_path / "a.html").read_text())[1]))
+    for name in ("sheet", "stop", "events", "shares"):
+        assert films[0][name] == films[1][name], name
+
+
+@pytest.mark.parametrize("speed", ["nan", "inf", "-1"])
+def test_speeds_that_are_none(network: Path, recording: Path, capsys, speed):
+    assert call(["run", str(network), str(recording), "--stream", "--speed", speed]) == 2
+    assert "--speed" in capsys.readouterr().err
 
 
 def test_damaged_and_empty_recordings(network: Path, recording: Path, tmp_path: Path, capsys):
@@ -273,12 +293,24 @@ def test_what_is_refused(network: Path, recording: Path, tmp_path: Path, capsys)
 
 
 @pytest.mark.parametrize("wanted", [[], ["--stream"]])
-def test_an_event_outside_the_sensor_is_not_silent(network, tmp_path, capsys, wanted):
-    """One damaged coordinate shrinks every other event: the decision may be another one."""
+def test_events_outside_the_sensor(network, tmp_path, capsys, wanted):
+    """A few are dropped, and the decision is that of the others; many are another sensor."""
     random = np.random.default_rng(1)
     x = random.integers(0, 16, 300)
-    for name, last in (("good.npy", 15), ("bad.npy", 900)):
-        x[-1] = last
-        write(tmp_path / name, events(np.arange(300) * 10, x, random.integers(0, 16, 300), np.zeros(300, int)), "npy")
-        assert call(["run", str(network), str(tmp_path / name), *wanted]) == 0
-        assert ("trained on a sensor of 16 x 16" in capsys.readouterr().err) == (last == 900)
+    y, t = random.integers(0, 16, 300), np.arange(300) * 10
+    said = []
+    for odd in (0, 2, 30):
+        columns = np.where(np.arange(300) < 300 - odd, x, 900)
+        write(tmp_path / "a.npy", events(t, columns, y, np.zeros(300, int)), "npy")
+        if odd == 2:  # the same without them
+            write(tmp_path / "b.npy", events(t[:298], x[:298], y[:298], np.zeros(298, int)), "npy")
+            assert call(["run", str(network), str(tmp_path / "b.npy"), "--json", *wanted]) == 0
+            said.append(capsys.readouterr().out)
+        assert call(["run", str(network), str(tmp_path / "a.npy"), "--json", *wanted]) == 0
+        out = capsys.readouterr()
+        said.append(out.out)
+        assert ("trained on a sensor of 16 x 16" in out.err) == (odd == 30)
+        if odd == 2:
+            assert "2 events outside" in out.err or json.loads(out.out)["totals"]["outside"] == 2
+    tops = [re.findall(r'"logit": ([^,}\s]+)', text) for text in said]
+    assert tops[1] == tops[2] and tops[2]

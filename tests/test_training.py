@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from bitspike.optimizers import Average, learning_rate, make_optimizer, paramete
 from bitspike.papers import all_recipes, find_recipe
 from bitspike.recipe import Recipe, RecipeError, differences
 from bitspike.spec import QuantSpec, Scheme
+from bitspike.tasks import task_of
 from bitspike.training import NonFinite, RunError, _working_model, evaluate, load_run, normalise, read_metrics, train
 
 
@@ -47,6 +49,13 @@ class Net(nn.Module):
 
 RECIPE = Recipe("tiny", Net, bits=4, data="fashion_mnist_sample", image_size=28, mean=(0.286,), std=(0.353,), epochs=1,
                 batch_size=100, lr=0.02, schedule="triangle", warmup_epochs=0.2)
+
+
+class _Seven(Net):
+    """Answers for seven classes only."""
+
+    def forward(self, x):
+        return super().forward(x)[..., :7]
 
 
 @pytest.fixture(scope="module")
@@ -438,9 +447,17 @@ def test_a_run_without_a_checkpoint_may_begin_again(tmp_path, data):
 
 
 def test_trying_the_model_leaves_it_fresh(data):
-    model, expected = _working_model(RECIPE, torch.zeros(1, 1, 28, 28, dtype=torch.uint8)), build(RECIPE)
+    model, expected = _working_model(RECIPE, task_of(RECIPE), data), build(RECIPE)
     assert not any(bool(quantizer.initialized) for _, quantizer in quantizers(model))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), expected.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("more", [{}, {"mixup": "0.5"}])
+def test_a_wrong_number_of_outputs_is_refused_before_training(data, tmp_path, more):
+    recipe = replace(RECIPE, model=_Seven)
+    with pytest.raises(RecipeError, match=r"its model has 7 outputs, fashion_mnist_sample has 10 classes.*num_classes=10"):
+        train(recipe, data, tmp_path / "run", overrides={"epochs": "0.03", **more})
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 # --------------------------------------------------------------------------------------------- checkpoints

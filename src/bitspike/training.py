@@ -87,7 +87,7 @@ def train(recipe: Recipe, data_dir: Dataset | Path | str | None, out_dir: Path |
         return last
 
     # the model, its average, what it is trained with
-    model = _working_model(recipe, task.blank(recipe, data)).to(accelerator.device)
+    model = _working_model(recipe, task, data).to(accelerator.device)
     if recipe.start and folder is None:
         start_from_run(model, recipe.start)
     if recipe.channels_last:
@@ -280,12 +280,12 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     return Accelerator(mixed_precision=mixed, gradient_accumulation_steps=recipe.accumulate, cpu=not torch.cuda.is_available())
 
 
-def _working_model(recipe: Recipe, blank: Tensor) -> nn.Module:
-    """The recipe's model, after a copy of it was shown one blank image (uint8). Errors: RecipeError if that fails."""
+def _working_model(recipe: Recipe, task: Task, data: Dataset) -> nn.Module:
+    """The recipe's model, after a copy of it answered for one blank image. Errors: RecipeError if it cannot."""
     try:
         model = build(recipe)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            copy.deepcopy(model).eval()(as_input(normalise(blank, recipe)))
+            task.check(recipe, data, copy.deepcopy(model).eval(), as_input(normalise(task.blank(recipe, data), recipe)))
     except (DataError, PublishedWeightsError, RecipeError, RunError, SpecError):
         raise
     except Exception as error:  # whatever a model makes of sizes it is not meant for

@@ -228,6 +228,12 @@ def test_folder_per_class(split: bool, tmp_path: Path):
     (tmp_path / "extra" / "deep").mkdir(parents=True)
     write(tmp_path / "extra" / "deep" / "1.npz", some(1), "npz")  # neither split nor class
     assert load("events_folder", tmp_path, Frames(3, (10, 12), "time")).hash == data.hash
+    whole = some(3)
+    odd = np.concatenate([whole, whole[-1:]]).astype(whole.dtype)
+    odd["x"][-1] = 900
+    write(tmp_path / ("train" if split else "") / "cat" / "3.npz", odd, "npz")
+    with pytest.raises(DataError, match=r"cat.3\.npz: an event at x=900, where all but 1 of .* have x below 3\d"):
+        load("events_folder", tmp_path, Frames(3, (10, 12), "time"))
     (tmp_path / "half" / "train" / "cat").mkdir(parents=True)
     write(tmp_path / "half" / "train" / "cat" / "1.npz", some(1), "npz")
     with pytest.raises(DataError, match=r"holds train/CLASS/recording alone; both are needed"):

@@ -101,7 +101,7 @@ def test_data_of_another_task():
 @pytest.mark.parametrize("key, value, message", [
     ("mixup", "0.5", "task='segmentation' does not use it"), ("label_smoothing", "0.1", "does not use it"),
     ("flip", "alternating", r"none \| random"), ("crop", "random_resized", r"whole \| random"),
-    ("scales", "2,1", "two in order"), ("schedule", "steps", "drop_epochs"), ("window", "-1", "at least 0"),
+    ("scales", "2,1", "two in order"), ("schedule", "steps", "drop_epochs"), ("window", "-1", "a multiple of 32"),
 ])
 def test_fields_that_cannot_be_meant(key, value, message):
     with pytest.raises(RecipeError, match=message):

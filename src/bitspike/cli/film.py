@@ -5,13 +5,12 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bitspike.data.events import Events
 from bitspike.deploy import Decision
 from bitspike.deploy.fields import printable
 from bitspike.writing import whole_file
@@ -28,6 +27,7 @@ class Elapsed:
     def __init__(self) -> None:
         self.first: int | None = None
         self.stop = 0
+        self.seconds = 0.0
 
     def after(self, decision: Decision) -> float:
         """At the end of this window; to be asked for every one in turn."""
@@ -36,39 +36,8 @@ class Elapsed:
         elif decision.jumped:
             self.first += decision.start - self.stop
         self.stop = decision.stop
-        return (decision.stop - self.first) / 1e6
-
-
-def _counts(decisions: Sequence[Decision], pieces: Iterable[Events], sensor: tuple[int, int]) -> np.ndarray:
-    """Counts uint8 [windows, 2, h, w] of the recording's events, at the sensor's size or a part of it."""
-    shrink = max(1, -(-max(sensor) // _MOST))
-    height, width = -(-sensor[0] // shrink), -(-sensor[1] // shrink)
-    counts = np.zeros((len(decisions), 2, height, width), np.uint8)
-    starts = np.array([d.start for d in decisions], np.int64)
-    stops = np.array([d.stop for d in decisions], np.int64)
-    by_count = np.cumsum([d.events for d in decisions]) if len(decisions) and (starts[1:] < stops[:-1]).any() else None
-    seen = 0
-    for piece in pieces:
-        data = piece.data
-        inside = (data["x"] < sensor[1]) & (data["y"] < sensor[0])
-        data = data[inside]
-        if by_count is not None:  # windows by count may share a moment
-            which = np.searchsorted(by_count, np.arange(seen, seen + len(data)), "right")
-        else:
-            which = np.searchsorted(starts, data["t"], "right") - 1
-            late = (which >= 0) & (data["t"] > stops[which])
-            which[late] = -1
-        seen += len(data)
-        good = (which >= 0) & (which < len(decisions))
-        part, which = data[good], which[good]
-        at = np.ravel_multi_index((which, (part["p"] > 0).astype(np.int64), part["y"].astype(np.int64) // shrink,
-                                   part["x"].astype(np.int64) // shrink), counts.shape)
-        flat = counts.reshape(-1)
-        place, number = np.unique(at, return_counts=True)
-        flat[place] = np.minimum(flat[place].astype(np.int64) + number, 255)
-        if len(starts) and len(data) and by_count is None and int(data["t"][0]) > int(stops[-1]):
-            break
-    return counts
+        self.seconds = max(self.seconds, (decision.stop - self.first) / 1e6)  # by count, times may be out of order
+        return self.seconds
 
 
 def _pictures(counts: np.ndarray) -> np.ndarray:
@@ -90,17 +59,14 @@ def _shares(decisions: Sequence[Decision]) -> np.ndarray:
     return shifted / shifted.sum(1, keepdims=True)  # type: ignore[no-any-return]
 
 
-def write_film(path: Path, classes: Sequence[str], decisions: Sequence[Decision], pieces: Iterable[Events] | None,
-               sensor: tuple[int, int]) -> None:
+def write_film(path: Path, classes: Sequence[str], decisions: Sequence[Decision]) -> None:
     """Write `path`, .gif or .html; it appears when it is complete. Errors: OSError; ValueError without a window.
 
-    pieces: of the recording; None where its clock jumped, so that times do not say which window an event was in: the network's
-    own frames are shown then.
+    The events are those that each decision was made of, as the network was given them.
     """
     if not decisions:
         raise ValueError(f"{path}: the recording ended before its first window; there is nothing to show.")
-    counts = (np.stack([d.frame.transpose(2, 0, 1) for d in decisions]) if pieces is None
-              else _counts(decisions, pieces, sensor))
+    counts = np.stack([d.frame.transpose(2, 0, 1) for d in decisions])
     pictures, shares = _pictures(counts), _shares(decisions)
     clock = Elapsed()
     seconds = [clock.after(decision) for decision in decisions]

@@ -27,6 +27,7 @@ from bitspike.deploy.stream import check_frames
 _CHUNK = 1 << 16  # events read at once
 _PUSH = 1 << 13   # of them pushed at once: what is shown lags by no more,
 _PACED = 1 << 6   # and by this at a pace
+_STRAYS = 3       # events outside the sensor, or one in a thousand, are damage and not another sensor
 FILM = 600        # windows at most that --save keeps
 
 
@@ -98,18 +99,31 @@ def _layout(net: Net, path: Path) -> str | None:
         return _trained(net).get("layout") if file.read(10) == b"#!AER-DAT2" else None
 
 
-def _sensor(net: Net, size: tuple[int, int] | None, extent: tuple[int, int]) -> tuple[int, int]:
-    """(height, width): what the recording says, else what the network was trained on if the events fit, else just enough."""
+def _known_sensor(net: Net) -> tuple[int, int] | None:
+    """(height, width) that the network was trained on."""
+    known = _trained(net).get("sensor")
+    return (int(known[0]), int(known[1])) if isinstance(known, list) and len(known) == 2 else None
+
+
+def _inside(data: np.ndarray, sensor: tuple[int, int]) -> np.ndarray:
+    """Which events lie on the sensor."""
+    return (data["y"] < sensor[0]) & (data["x"] < sensor[1])  # type: ignore[no-any-return]
+
+
+def _sensor(net: Net, size: tuple[int, int] | None, extent: tuple[int, int], number: int, outside: int) -> tuple[int, int]:
+    """(height, width): what the recording says, else what the network was trained on, if the events fit or hardly any of them
+    (`outside` of `number`) do not: these are dropped and counted. Else just enough.
+    """
     if size is not None:
         return size
-    known = _trained(net).get("sensor")
+    known = _known_sensor(net)
     found = max(1, extent[0]), max(1, extent[1])
-    if isinstance(known, list) and len(known) == 2:
-        if known[0] >= extent[0] and known[1] >= extent[1]:
-            return int(known[0]), int(known[1])
+    if known is not None:
+        if outside <= max(_STRAYS, number // 1000):
+            return known
         warn(f"Events reach column {found[1] - 1} and row {found[0] - 1}, and the network was trained on a sensor of "
-             f"{known[1]} x {known[0]} pixels. Taken: a sensor of {found[1]} x {found[0]}, shrunk to the network's size. If "
-             "only a few events lie outside, they are damaged: leave them out, or all others are shrunk with them.")
+             f"{known[1]} x {known[0]} pixels. {outside:,} of {number:,} "
+             f"events lie outside. Taken: a sensor of {found[1]} x {found[0]}, shrunk to the network's size.")
     return found
 
 
@@ -141,27 +155,42 @@ def read_frames(path: Path, net: Net, prefix: bool = False) -> np.ndarray:
         warn(f"{path}: the network's file does not say how its recordings were cut; taken: {net.input_steps} frames of equal "
              "numbers of events.")
     frames = Frames(net.input_steps, (height, width), by or "count")
-    cut = frames.of(found.data, _sensor(net, found.size, found.extent), span=span)
+    known = found.size or _known_sensor(net)
+    outside = 0 if known is None else len(found) - int(_inside(found.data, known).sum())
+    sensor = _sensor(net, found.size, found.extent, len(found), outside)
+    here = _inside(found.data, sensor)
+    if not here.all():
+        warn(f"{path}: {counted(len(found) - int(here.sum()), 'event')} outside the sensor of {sensor[1]} x {sensor[0]} pixels "
+             "dropped.")
+    if not here.any():
+        raise _empty(path)
+    cut = frames.of(found.data[here], sensor, span=span)
     return np.ascontiguousarray(cut.transpose(0, 2, 3, 1))
 
 
 # ----------------------------------------------------------------------------------------------------- play
-def _scan(path: Path, layout: str | None, on_error: str) -> tuple[int, tuple[int, int] | None, tuple[int, int]]:
-    """(number of events, size by the file, extent), read once in pieces. Errors: EventError, of an empty one too."""
-    number, height, width = 0, 1, 1
+def _scan(path: Path, layout: str | None, on_error: str,
+          known: tuple[int, int] | None) -> tuple[int, int, tuple[int, int] | None, tuple[int, int]]:
+    """(number of events, how many of them outside the sensor, size by the file, extent), read once in pieces. `known`: the
+    sensor where the file says none. Errors: EventError, of an empty one too.
+    """
+    number, outside, height, width = 0, 0, 1, 1
     size, problem = None, None
     for piece in iterate(path, on_error=on_error, layout=layout):
         number, size, problem = number + len(piece), piece.size, piece.problem
         height, width = max(height, piece.extent[0]), max(width, piece.extent[1])
+        limit = size or known
+        if limit is not None and (height > limit[0] or width > limit[1]):
+            outside += len(piece) - int(_inside(piece.data, limit).sum())
     if not number:
         raise problem or _empty(path)
     if problem is not None:
         warn(f"{told(problem)} Taken: the {counted(number, 'event')} before.")
-    return number, size, (height, width)
+    return number, outside, size, (height, width)
 
 
 def _window(net: Net, number: int, options: Options, path: Path) -> dict[str, int]:
-    """window_us or count for the stream."""
+    """window_us or count for the stream; number: of the events on the sensor."""
     if options.window_us is not None and options.window_events is not None:
         raise ImageError("give one of --window-us and --window-events.")
     if options.window_us is not None or options.window_events is not None:
@@ -172,7 +201,10 @@ def _window(net: Net, number: int, options: Options, path: Path) -> dict[str, in
     window = _window_us(net)
     if window is not None:
         return {"window_us": window}
-    if _trained(net)["by"] == "count" and number >= net.time_steps:
+    if _trained(net)["by"] == "count":
+        if number < net.time_steps:
+            raise ImageError(f"{path}: {counted(number, 'event')}; the network was trained on recordings cut into "
+                             f"{net.time_steps} parts. Take a longer one, or give --window-us or --window-events.")
         return {"count": number // net.time_steps}  # as in training: the whole recording in T parts
     raise ImageError(f"{path}: how long is a window? The network's file does not say; give --window-us or --window-events.")
 
@@ -180,8 +212,8 @@ def _window(net: Net, number: int, options: Options, path: Path) -> dict[str, in
 def play(net: Net, paths: list[Path], options: Options) -> int:
     """Every recording through a stream of its own; 2 if one could not be read, else 0. Errors: ImageError for such options."""
     check_frames(net)
-    if options.speed < 0:
-        raise ImageError(f"--speed {options.speed}: 0 (as fast as it can) or more.")
+    if not 0 <= options.speed < float("inf"):
+        raise ImageError(f"--speed {options.speed}: a number, 0 (as fast as it can) or more.")
     if options.save is not None and (options.save.suffix.lower() not in (".gif", ".html") or len(paths) != 1):
         raise ImageError(f"--save {options.save}, of {counted(len(paths), 'recording')}: a .gif or .html of one recording is "
                          "written. Other films, such as .mp4, are made of the .gif, for example by ffmpeg.")
@@ -204,8 +236,13 @@ def play(net: Net, paths: list[Path], options: Options) -> int:
 def _play_one(net: Net, path: Path, options: Options) -> dict[str, Any]:
     _check_there(path)
     layout = _layout(net, path)
-    number, size, extent = _scan(path, layout, options.on_error)
-    sensor = _sensor(net, size, extent)
+    number, outside, size, extent = _scan(path, layout, options.on_error, _known_sensor(net))
+    sensor = _sensor(net, size, extent, number, outside)
+    if extent[0] <= sensor[0] and extent[1] <= sensor[1]:
+        outside = 0
+    number -= outside
+    if not number:
+        raise _empty(path)
     stream = Stream(net, sensor, **_window(net, number, options, path), reset_every=0 if options.never_reset else None,
                     threads=options.threads)
     kept: list[Decision] = []
@@ -222,8 +259,7 @@ def _play_one(net: Net, path: Path, options: Options) -> dict[str, Any]:
                              "events": decision.events, "latency_ms": round(decision.latency_ms, 4),
                              "top": best(decision.logits, net.classes, options.top)})
     if options.save is not None:
-        pieces = iterate(path, _CHUNK, on_error=options.on_error, layout=layout) if not stream.totals.jumps else None
-        write_film(options.save, net.classes, kept, pieces, sensor)
+        write_film(options.save, net.classes, kept)
         more = f" (the first {FILM} windows)" if stream.totals.windows > FILM else ""
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"wrote {options.save}{more}", markup=False)
     totals = asdict(stream.totals)
@@ -234,7 +270,7 @@ def _play_one(net: Net, path: Path, options: Options) -> dict[str, Any]:
 def _decisions(stream: Stream, path: Path, layout: str | None, options: Options, number: int) -> Iterator[Decision]:
     """Every window, the last one cut short; at `speed` times the recording's own pace (0: no waiting).
 
-    number: of the recording's events. Where it is cut into T parts, the last of them takes the rest, as in training.
+    number: of the events on the sensor. Where it is cut into T parts, the last of them takes the rest, as in training.
     """
     began, clock, speed = time.monotonic(), Elapsed(), options.speed
     for part in _parts(stream, path, layout, options, number):
@@ -250,8 +286,9 @@ def _parts(stream: Stream, path: Path, layout: str | None, options: Options, num
     whole = stream.count is not None and options.window_events is None
     last = (stream.net.time_steps - 1) * (stream.count or 0) if whole else -1  # where the last part begins
     for piece in iterate(path, _CHUNK, on_error=options.on_error, layout=layout):
-        for start in range(0, len(piece), some):
-            part = piece.data[start:start + some]
+        data = stream.on_sensor(piece.data) if whole else piece.data  # parts are parts of what counts
+        for start in range(0, len(data), some):
+            part = data[start:start + some]
             if seen <= last < seen + len(part):
                 yield part[:last - seen]
                 stream.count = number - last

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bitspike.data.archives import Store, check_md5
 from bitspike.data.cifar import CIFAR10_CLASSES
-from bitspike.data.errors import DataError
+from bitspike.data.errors import DataError, told
 from bitspike.data.event_cache import random_order
 from bitspike.data.events import EventError
 from bitspike.data.events.aedat3 import parse_gesture_labels
@@ -151,7 +151,7 @@ def dvs_gesture(data_dir: Path | str, frames: Frames) -> Dataset:
             try:
                 spans = parse_gesture_labels(texts[table], table)
             except EventError as error:
-                raise DataError(str(error)) from None
+                raise DataError(told(error)) from None
             clips += [Clip(by_name[f"{stem}.aedat"], span.start, span.stop) for span in spans]
             labels += [span.label for span in spans]
             tests += [bool(index)] * len(spans)
@@ -278,19 +278,35 @@ def events_folder(data_dir: Path | str, frames: Frames) -> Dataset:
 
 
 def _sensor(store: Store, names: Sequence[str]) -> tuple[int, int]:
-    """The size that the first recording names; where it names none, of the smallest sensor that holds every recording."""
+    """The size that the first recording names; where it names none, of the smallest sensor that holds every recording.
+
+    Errors: DataError where hardly any events make that sensor twice as large as the others need: they are damaged.
+    """
     from bitspike.data.events import iterate
 
-    height = width = 1
+    seen = {"y": np.zeros(1, np.int64), "x": np.zeros(1, np.int64)}  # events by row, by column
+    farthest = {"y": "", "x": ""}
     for name in names:
         try:
             for piece in iterate(store.places[0] / name):
                 if piece.size is not None:
                     return piece.size
-                height, width = max(height, piece.extent[0]), max(width, piece.extent[1])
+                for axis, most in zip("yx", piece.extent, strict=True):
+                    if most > len(seen[axis]):
+                        farthest[axis] = name
+                        seen[axis] = np.pad(seen[axis], (0, most - len(seen[axis])))
+                    seen[axis] += np.bincount(piece.data[axis], minlength=len(seen[axis]))
         except EventError as error:
-            raise DataError(str(error)) from None
-    return height, width
+            raise DataError(told(error)) from None
+    for axis, counts in seen.items():
+        strays = max(3, int(counts.sum()) // 1000)
+        usual = int((np.cumsum(counts[::-1])[::-1] > strays).sum())  # beyond it lie no more than those
+        if 0 < usual <= len(counts) // 2:
+            beyond, every = int(counts[usual:].sum()), int(counts.sum())
+            raise DataError(f"{store.places[0] / farthest[axis]}: an event at {axis}={len(counts) - 1}, where all but {beyond} of "
+                            f"{every} events of all recordings have {axis} below {usual}. "
+                            "The recording is damaged: write it anew without such events, or remove it.")
+    return len(seen["y"]), len(seen["x"])
 
 
 READERS: dict[str, Callable[[Path | str, Frames], Dataset]] = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bitspike.data.archives import Store
-from bitspike.data.errors import DataError
+from bitspike.data.errors import DataError, told
 from bitspike.data.events import EventError
 from bitspike.data.events.framing import Frames
 from bitspike.data.events.reading import read_from
@@ -66,14 +66,14 @@ class Recordings:
         try:
             found = read_from(io.BytesIO(content), name, layout=self.layout)
         except EventError as error:
-            raise DataError(f"{', '.join(map(str, self.store.places))}: {error}") from None
+            raise DataError(f"{', '.join(map(str, self.store.places))}: {told(error)}") from None
         return found.data
 
     def _frames(self, data: np.ndarray, clip: Clip) -> np.ndarray:
         try:
             return self.frames.of(clip.cut(data), self.sensor, None, clip.span)
         except EventError as error:
-            raise DataError(f"{clip.name}: {error}") from None
+            raise DataError(f"{clip.name}: {told(error)}") from None
 
     def image(self, index: int) -> Tensor:
         """uint8 [T, 2, H, W], not augmented. Errors: DataError."""
@@ -100,7 +100,7 @@ class Recordings:
         try:
             made, shares = self.frames.mixed(self._clip_events(clip), self.sensor, random, clip.span, other)
         except EventError as error:
-            raise DataError(f"{clip.name}: {error}") from None
+            raise DataError(f"{clip.name}: {told(error)}") from None
         for share, second in zip(shares, others, strict=True):
             target = [*((label, part * share) for label, part in target), (int(self.labels[second]), 1 - share)]
         return torch.from_numpy(made), target

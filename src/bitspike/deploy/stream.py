@@ -35,8 +35,8 @@ _LONGEST = 1 << 50
 class Decision:
     """What the network says at the end of a window.
 
-    start, stop: of the window in microseconds, [start, stop); by count, of its first and last event. step: windows since the
-    membranes were at rest, 1..; logits: float32 [classes], the mean over those windows; events: how many were counted;
+    start, stop: of the window in microseconds, [start, stop); by count, of its earliest and latest event. step: windows
+    since the membranes were at rest, 1..; logits: float32 [classes], the mean over those windows; events: as many were counted;
     latency_ms: from the end of the window to the decision, that is, the time of the network alone; frame: what it was given,
     uint8 [H, W, 2] (OFF, ON), not to be written into; jumped: whether the clock jumped before this window.
     """
@@ -217,13 +217,14 @@ class Stream:
     # ---------------------------------------------------------------------------------------------- windows
     def _by_count(self, block: np.ndarray) -> Iterator[Decision]:
         want = self.count or 1
-        block = self._on_sensor(block)
+        block = self.on_sensor(block)
         while len(block):
             part, block = block[:want - self._held], block[want - self._held:]
             if self._start is None or not self._held:
-                self._start = int(part["t"][0])
+                self._start = self._last = int(part["t"][0])
             self._add(part)
-            self._last = int(part["t"][-1])
+            first, last = int(part["t"].min()), int(part["t"].max())  # times may be out of order
+            self._start, self._last = min(self._start, first), max(last if self._last is None else self._last, last)
             if self._held == want:
                 yield self._decide()
 
@@ -279,7 +280,7 @@ class Stream:
                 late = t < start
                 self.totals.late += int(late.sum())
                 part = part[~late]
-            self._add(self._on_sensor(part))
+            self._add(self.on_sensor(part))
 
     def _doubt(self, part: np.ndarray, window: int) -> int:
         """Hold events back, up to CONFIRM of them; how many were looked at."""
@@ -332,7 +333,8 @@ class Stream:
         self._start, self._jumped = start, True
 
     # ------------------------------------------------------------------------------------------------ a window
-    def _on_sensor(self, part: np.ndarray) -> np.ndarray:
+    def on_sensor(self, part: np.ndarray) -> np.ndarray:
+        """Those events that lie on the sensor; the others are counted in `totals.outside`. `push` does so by itself."""
         inside = (part["x"] < self.sensor[1]) & (part["y"] < self.sensor[0]) & (part["x"] >= 0) & (part["y"] >= 0)
         if inside.all():
             return part

@@ -47,6 +47,10 @@ class Task(Protocol):
         """One black picture of the size and kind the model is meant for: uint8 [1, C, H, W] or [1, T, C, H, W]."""
         ...
 
+    def check(self, recipe: Recipe, data: Dataset, model: nn.Module, blank: Tensor) -> None:
+        """Errors, before anything is trained: RecipeError where the model's outputs, of a blank input, cannot be the answer."""
+        ...
+
     def to_device(self, targets: Any, device: torch.device) -> Any:
         """Targets as the loss takes them."""
         ...

@@ -48,6 +48,11 @@ class Classification:
         axes = data.train.image(0).shape[:-2]
         return torch.zeros(1, *axes, recipe.image_size, recipe.image_size, dtype=torch.uint8)
 
+    def check(self, recipe: Recipe, data: Dataset, model: nn.Module, blank: Tensor) -> None:
+        """As many outputs as the data has classes."""
+        with torch.no_grad():
+            _check_outputs(recipe, prediction(model(blank)).shape[1], len(data.classes))
+
     def to_device(self, targets: Tensor, device: torch.device) -> Tensor:
         """Labels on the device."""
         return targets.to(device)
@@ -72,6 +77,12 @@ class Classification:
         return f"top-1 {result[prefix + 'top1']:.2f} %"
 
 
+def _check_outputs(recipe: Recipe, outputs: int, classes: int) -> None:
+    if outputs != classes:
+        raise RecipeError(f"recipe {recipe.name!r}: its model has {outputs} outputs, {recipe.data} has {classes} classes. Give "
+                          f"the model as many: --set model_options.num_classes={classes}.")
+
+
 class _Accuracy:
     def __init__(self, recipe: Recipe, classes: int, device: torch.device) -> None:
         self.recipe, self.classes = recipe, classes
@@ -79,9 +90,7 @@ class _Accuracy:
 
     def add(self, output: Any, targets: Tensor) -> None:
         mean = prediction(output).float()
-        if mean.shape[1] != self.classes:
-            raise RecipeError(f"recipe {self.recipe.name!r}: its model has {mean.shape[1]} outputs, {self.recipe.data} has "
-                              f"{self.classes} classes.")
+        _check_outputs(self.recipe, mean.shape[1], self.classes)
         labels = targets.to(mean.device)
         hits = mean.topk(min(5, mean.shape[1])).indices == labels[:, None]
         self.sums += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(mean, labels, reduction="sum"),

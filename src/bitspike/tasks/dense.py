@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitspike.data.pipeline import Batches
 from bitspike.data.scene_loader import (
@@ -71,6 +71,11 @@ def evaluation_augment(recipe: Recipe) -> SceneAugment:
 
 class Dense:
     """The part of `Task` that segmentation and detection have in common. Targets are a list of `Target`."""
+
+    def check(self, recipe: Recipe, data: Dataset, model: nn.Module, blank: Tensor) -> None:
+        """That the model takes pictures of this size."""
+        with torch.no_grad():
+            model(blank)
 
     def batches(self, recipe: Recipe, data: Dataset) -> Batches:
         """See `SceneBatches`."""
