@@ -303,8 +303,8 @@ def _sensor(store: Store, names: Sequence[str]) -> tuple[int, int]:
         usual = int((np.cumsum(counts[::-1])[::-1] > strays).sum())  # beyond it lie no more than those
         if 0 < usual <= len(counts) // 2:
             beyond, every = int(counts[usual:].sum()), int(counts.sum())
-            raise DataError(f"{store.places[0] / farthest[axis]}: an event at {axis}={len(counts) - 1}, where all but {beyond} of "
-                            f"{every} events of all recordings have {axis} below {usual}. "
+            raise DataError(f"{store.places[0] / farthest[axis]}: an event at {axis}={len(counts) - 1}, where all but {beyond} "
+                            f"of {every} events of all recordings have {axis} below {usual}. "
                             "The recording is damaged: write it anew without such events, or remove it.")
     return len(seen["y"]), len(seen["x"])
 
