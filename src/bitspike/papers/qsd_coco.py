@@ -116,7 +116,8 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
     replace(_SMALL, name="qsd_transformer.coco_small_float", bits=32, claim="ours: the float-weight twin of coco_small",
             cost="as coco_small. " + train_command("qsd_transformer.coco_small_float")),
     replace(_SMALL, name="qsd_transformer.coco_small_retinanet", model=detection.small_retinanet,
-            claim="ours: box mAP 0.70 % at 0.5, from random weights on 166 pictures (RESULTS.md)", cost="CPU. " + train_command("qsd_transformer.coco_small_retinanet")),
+            claim="ours: box mAP 0.70 % at 0.5, from random weights on 166 pictures (RESULTS.md)",
+            cost="CPU. " + train_command("qsd_transformer.coco_small_retinanet")),
     replace(_FROM_CIFAR, claim="ours: box mAP 0.45 % at 0.5 of the held-out pictures; see RESULTS.md",
             cost="40 minutes on one CPU core. "
                  + train_command("qsd_transformer.coco_small_from_cifar", " --set model_options.start=RUN")),
