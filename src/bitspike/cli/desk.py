@@ -132,7 +132,7 @@ def export(target: str, /, *, output: Annotated[Path, Parameter(name=["--output"
         raise ExportError(f"--min-agreement {min_agreement}: a share of 0..1 is needed, 0.99 for 99 %.")
     kind = kind_of(target)
     if kind == "file":
-        raise ExportError(f"{target} is a .bitspike file already; export takes a RUN folder or a recipe's name.")
+        raise ExportError(f"{target} is a file already; export takes a RUN folder or a recipe's name.")
     if kind == "run":
         if settings:
             raise RecipeError("--set changes a recipe; a trained run is exported as it is.")
