@@ -28,7 +28,7 @@ SHAPES = [
 ADDED, ROW = {"avx512": 128}, {"avx512": 512, "avx2": 256, "neon": 128, "neon_dot": 128}
 #: share of codes that are not 0, and the largest code
 INPUTS = [(0.02, 1), (0.05, 1), (0.15, 1), (0.30, 1), (0.50, 1), (0.05, 4), (0.15, 4), (0.40, 4)]
-VARIANTS = ["dense", "narrow", "events", "sliced", "popcount", "shift"]
+VARIANTS = ["dense", "narrow", "events", "sliced", "popcount", "shift", "winograd"]
 #: weights that make each variant possible
 WEIGHTS = {"binary": [-1, 1], "pow2": [-4, -2, -1, 0, 1, 2, 4], "4 bits": list(range(-8, 8))}
 
@@ -71,7 +71,8 @@ def measure(isa: str, shape: tuple[int, ...], share: float, top: int, weights: s
             plan.run(images, logits, 1, np.empty(0))
             best = min(best, time.thread_time_ns() - start)
         added = additions(isa, variant, reads, outputs, kernel, stride)
-        features = [reads * outputs, added * events, reads, out * out * outputs]
+        products = 16 * ((out + 1) // 2) ** 2 * channels * outputs if variant == "winograd" else reads * outputs
+        features = [products, added * events, reads, out * out * outputs]
         samples.append(Sample(variant, features, best, (shape, share, top, weights)))
     return samples
 

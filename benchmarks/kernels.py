@@ -5,8 +5,8 @@
 
 One thread. Times are the fastest of many runs, epilogue included (a neuron with counts 0..4 and its count of spikes). GMAC/s
 counts every product of the layer, also those with a code of 0, whatever the kernel skipped; that is why events may be faster
-than the bound of additions times density. The bound is the variant's instruction alone, in registers: products for dense
-and narrow, AND + count + add for popcount (one pass per bit of a count), byte additions for events and full
+than the bound of additions times density. The bound is the variant's instruction alone, in registers: products for dense,
+narrow and winograd (times 36 / 16), AND + count + add for popcount (one pass per bit of a count), byte additions for events and full
 adders for sliced (divided by the mean code). `vs torch` is the time of torch._int_mm (oneDNN) on the matrices of the same
 layer, laid out beforehand and without epilogue, over ours.
 """
@@ -113,6 +113,8 @@ def measure(
     seconds = fastest(lambda: conv(x, (0, shape.side), None, None, neuron))
     instruction = {"popcount": "popcount", "events": "add", "sliced": "carry", "shift": None}.get(variant, "dot")
     bound = bounds.get(f"{isa} {instruction}", 0.0)
+    if variant == "winograd":
+        bound *= 36 / 16
     if variant == "popcount":
         bound /= levels.bit_length()
     if variant in ("events", "sliced"):

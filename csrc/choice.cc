@@ -5,7 +5,7 @@
 namespace bitspike {
 namespace {
 
-// By Variant: dense, narrow, events, sliced, popcount, shift. Measured on one core per instruction set by
+// By Variant: dense, narrow, events, sliced, popcount, shift, winograd. Measured on one core per instruction set by
 // `python benchmarks/choice.py`, which prints these lines; only their ratios matter.
 struct Costs {
   const char* name;
@@ -17,11 +17,11 @@ struct Costs {
 constexpr Costs kCosts[] = {
     {"avx512", 128, 512,
      {{0.00196f, 0, 0, 0.114f}, {0.00194f, 0, 0, 0.119f}, {0, 0.00248f, 0.030f, 0.216f}, {0, 0.00069f, 0.012f, 0.185f},
-      {0.00045f, 0, 0, 0.175f}, {0.0159f, 0, 0, 0.078f}}},
+      {0.00045f, 0, 0, 0.175f}, {0.0159f, 0, 0, 0.078f}, {0.00200f, 0, 0, 0.25f}}},
     {"avx2", 1, 256,
      {{0.00849f, 0, 0, 0.306f}, {0.0128f, 0, 0, 0.367f}, {0, 0.00714f, 0.036f, 0.480f}, {0, 0.00265f, 0.024f, 1.04f},
-      {0.00293f, 0, 0, 0.480f}, {0.0340f, 0, 0, 0.310f}}},
-    {"scalar", 1, 1, {{1, 0, 0, 0}, {2, 0, 0, 0}, {0.05f, 1, 1, 0}, {0.05f, 1.1f, 1, 0}, {1.5f, 0, 0, 0}, {2, 0, 0, 0}}},
+      {0.00293f, 0, 0, 0.480f}, {0.0340f, 0, 0, 0.310f}, {0.0087f, 0, 0, 0.7f}}},
+    {"scalar", 1, 1, {{1, 0, 0, 0}, {2, 0, 0, 0}, {0.05f, 1, 1, 0}, {0.05f, 1.1f, 1, 0}, {1.5f, 0, 0, 0}, {2, 0, 0, 0}, {3, 0, 0, 0}}},
 };
 
 constexpr float kUnknown = 1;  // load assumed before the first image
@@ -44,7 +44,9 @@ double cost_ns(const Kernels& k, const Conv& c, Variant v, float load) {
   const Cost& rate = all.of[static_cast<int>(v)];
   const double outputs = double(c.out_height) * c.out_width * c.outputs;
   const double taps = double(c.kernel_h) * c.kernel_w * c.group_channels();
-  const double products = outputs * taps, read = double(c.out_height) * c.out_width * taps * c.groups;
+  // Winograd: 16 for every tile of 2x2 outputs.
+  const double tiles = double((c.out_height + 1) / 2) * ((c.out_width + 1) / 2);
+  const double products = v == Variant::winograd ? 16 * tiles * c.outputs * c.channels : outputs * taps, read = double(c.out_height) * c.out_width * taps * c.groups;
   const int planes = v == Variant::popcount ? c.bit_planes() : 1;
   const bool own = std::strcmp(all.name, k.name) == 0;  // of another set only the ratios are borrowed
   const bool sliced = v == Variant::sliced;

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "events.h"
 #include "sliced.h"
+#include "winograd.h"
 #include "maps.h"
 #include "neurons.h"
 #include "shifts.h"
@@ -136,7 +137,8 @@ constexpr Kernels kernels(const char* name, ConvKernel popcount, ConvKernel slic
            {events_supported<V>, events_packed_bytes<V>, events_pack<V>, events_scratch_bytes<V>, conv_events<V>},
            sliced,
            popcount,
-           tiles_kernel<ShiftOf<V>>([](const Conv& c) { return may_support(Variant::shift, c); })},
+           tiles_kernel<ShiftOf<V>>([](const Conv& c) { return may_support(Variant::shift, c); }),
+           winograd_kernel<V>()},
           finish<V>,
           quantize<V>,
           affine<V>,

@@ -74,6 +74,13 @@ struct EventLists {
   }
 };
 
+// The rows of a group. Two words are read in place of eight entries: beside the rows themselves, loads are what there is least of.
+inline void group_rows(const uint16_t* list, size_t* row) {
+  uint64_t words[2];
+  memcpy(words, list, sizeof words);
+  for (size_t i = 0; i < kGroup; ++i) row[i] = words[i / 4] >> 16 * (i % 4) & 0xffff;
+}
+
 // What the lists of column x count from, modulo 2^16. Where units are whole pixels they run on from pixel to pixel, as rows of
 // weights do from tap to tap: those of neighbours are then one list for a window, wherever that begins.
 inline uint16_t list_base(const EventUnits& p, int x) {

@@ -172,10 +172,10 @@ void add_nibble_groups(const int8_t* weight, const uint16_t* list, size_t count,
   for (int n = 0; n < N; ++n) eights[n] = V::zero();
   int groups = 0;
   for (const uint16_t* end = list + count; list < end; list += kGroup) {
-    const int8_t* from[kGroup];
-    for (size_t i = 0; i < kGroup; ++i) from[i] = weight + list[i] * kScale;
+    size_t from[kGroup];
+    group_rows(list, from);
     for (int n = 0; n < N / 2; ++n) {
-      const auto row = [&](int i) { return V::load_bytes(from[i] + n * V::kBytes); };
+      const auto row = [&](int i) { return V::load_bytes(weight + from[i] * kScale + n * V::kBytes); };
       // a + b + c as a sum, and what is carried.
       const auto full = [](I32 a, I32 b, I32 c, I32& carry) {
         carry = V::majority(a, b, c);

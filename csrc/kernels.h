@@ -75,8 +75,9 @@ enum class Variant {
   sliced,    // the same for weights -1 and +1, whose rows of bits are added by carry-save adders
   popcount,  // AND and bit counts on planes of the codes: weights -1 and +1, u8 codes
   shift,     // weights 0 and +-2^e: shifts and additions, no products
+  winograd,  // 16 products for four outputs that have 36: 3x3, stride 1, weights and u8 codes of few bits
 };
-constexpr int kVariants = 6;
+constexpr int kVariants = 7;
 const char* variant_name(Variant);  // "dense" ...
 
 struct ConvKernel {

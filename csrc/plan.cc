@@ -227,7 +227,10 @@ void Plan::run_tile(const Stage& s, const Group& g, size_t index, size_t tiles, 
   if (s.parts) {
     const size_t each = tiles / g.images, part = index % each;
     tile.image = index / each;
-    tile.row0 = static_cast<int>(units * part / each), tile.row1 = static_cast<int>(units * (part + 1) / each);
+    // Pairs of rows stay together where there are enough: winograd makes two at a time.
+    const size_t unit = units < 4 * each ? 1 : 2;
+    const auto row = [&](size_t p) { return static_cast<int>(p == each ? units : units * p / each / unit * unit); };
+    tile.row0 = row(part), tile.row1 = row(part + 1);
     tile.first = (tile.image * s.height + tile.row0) * s.width;
     tile.count = static_cast<size_t>(tile.row1 - tile.row0) * s.width;
   } else {

@@ -300,6 +300,7 @@ const char* variant_name(Variant v) {
     case Variant::sliced: return "sliced";
     case Variant::popcount: return "popcount";
     case Variant::shift: return "shift";
+    case Variant::winograd: return "winograd";
   }
   return "";
 }
@@ -315,6 +316,12 @@ bool may_support(Variant v, const Conv& c) {
     case Variant::sliced:
     case Variant::popcount: return counts && c.weight_bipolar && c.hi <= 15;
     case Variant::shift: return c.weight_pow2;
+    case Variant::winograd: {
+      const bool shape = c.groups == 1 && c.kernel_h == 3 && c.kernel_w == 3 && c.stride_h == 1 && c.stride_w == 1;
+      const int64_t weight = c.weight_hi > -c.weight_lo ? c.weight_hi : -c.weight_lo;
+      // Sums are four times as large before the last shift.
+      return shape && counts && c.hi <= 63 && 9 * weight <= 127 && 9 * weight * c.hi * c.channels < int64_t{1} << 29;
+    }
   }
   return false;
 }
@@ -324,7 +331,8 @@ constexpr Kernels kernels_scalar = {"scalar",
                                      conv_kernel<Variant::events, add_if_event>(),
                                      conv_kernel<Variant::sliced, add_bit_if_event>(),
                                      conv_kernel<Variant::popcount, count_bits>(),
-                                     conv_kernel<Variant::shift, shift_by_exponent>()},
+                                     conv_kernel<Variant::shift, shift_by_exponent>(),
+                                     conv_kernel<Variant::winograd, multiply>()},
                                     finish,
                                     quantize,
                                     affine,

@@ -123,7 +123,9 @@ template <class V>
 BITSPIKE_INLINE typename V::I32 add_group(const uint8_t* weight, const uint16_t* list, typename V::I32* plane) {
   using I32 = typename V::I32;
   constexpr size_t kScale = V::kBytes / kEventEntry;
-  const auto row = [=](int i) { return V::load_bytes(reinterpret_cast<const int8_t*>(weight + list[i] * kScale)); };
+  size_t from[kGroup];
+  group_rows(list, from);
+  const auto row = [&](int i) { return V::load_bytes(reinterpret_cast<const int8_t*>(weight + from[i] * kScale)); };
   I32 twos[4], fours[2], eights;
   const I32 ones0 = full_adder<V>(row(0), row(1), row(2), twos[0]), ones1 = full_adder<V>(row(3), row(4), row(5), twos[1]);
   const I32 ones2 = full_adder<V>(row(6), row(7), ones0, twos[2]);

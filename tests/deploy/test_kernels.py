@@ -155,8 +155,12 @@ def test_what_each_variant_supports(isa):
     def among(names: set[str]) -> set[str]:  # a CPU may lack the bit counts of 512 bits
         return names - {"popcount"} if isa == "avx512" else names
 
-    assert among(supported([-1, 1], "counts", isa)) == among({"dense", "narrow", "events", "sliced", "popcount", "shift"})
-    assert supported([-8, 7], "counts", isa) == {"dense", "narrow", "events"}
+    assert among(supported([-1, 1], "counts", isa)) == among(
+        {"dense", "narrow", "events", "sliced", "popcount", "shift", "winograd"}
+    )
+    assert supported([-8, 7], "counts", isa) == {"dense", "narrow", "events", "winograd"}
+    assert supported([-14, 14], "counts", isa) == {"dense", "events", "winograd"}
+    assert supported([-15, 1], "counts", isa) == {"dense", "events"}
     assert supported([-8, 4, 0], "signed", isa) == {"dense", "narrow", "shift"}
     assert supported([-64, 64], "counts", isa) == {"dense", "events", "shift"}
     assert supported([-1, 1], "counts", isa, groups=16) == {"dense"}
@@ -242,6 +246,30 @@ def test_rows_of_bits_are_the_definition_whatever_is_counted(isa, channels, kern
         out = np.empty_like(expected[first:])
         conv(x, (first, len(expected)), None, out, [])
         np.testing.assert_array_equal(out, expected[first:])
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("weights, top", [([-14, 14], 63), ([-14, 13, 0], 63), (list(range(-8, 8)), 4), ([-1, 1], 1)])
+@pytest.mark.parametrize("channels, outputs, size, around", [
+    (1, 2, (1, 1), (1, 1)), (3, 17, (2, 3), (1, 1)), (64, 48, (5, 4), (1, 1)), (65, 70, (9, 33), (0, 0)), (130, 33, (7, 70), (2, 1)),
+    (600, 5, (3, 3), (1, 0)), (6, 129, (12, 29), (3, 3)),
+])
+def test_tiles_of_four_outputs_are_the_definition(isa, weights, top, channels, outputs, size, around):
+    """Codes and weights as large as winograd takes, odd sizes, more tiles than it holds at a time, parts of the rows."""
+    rng = np.random.default_rng(channels + outputs)
+    x = np.where(rng.random((*size, channels)) < 0.5, top, draw(rng, (*size, channels), 0.5, 0, top)).astype(np.uint8)
+    w = rng.choice(weights, (outputs, 3, 3, channels)).astype(np.int8)
+    w[0] = weights[0]  # the largest sums there are
+    w[-1, :, ::2], w[-1, :, 1::2] = weights[1], weights[0]
+    pad = rng.integers(0, top + 1, channels).astype(np.int16)
+    m, b = rng.integers(-MOST, MOST, outputs).astype(np.int32), rng.integers(-999, 999, outputs).astype(np.int32)
+    expected = ops.conv(x[None, None], w, (1, 1), around, 1, pad, m, 30, b)[0, 0]
+    conv = _kernels.OneConv(isa, "winograd", size, w, (1, 1), around, 1, pad, m, 30, b, (0, top))
+    assert conv.supported
+    for first, last in {(0, len(expected)), (len(expected) // 2, len(expected)), (0, (len(expected) + 1) // 2)}:
+        out = np.empty_like(expected[first:last])
+        conv(x, (first, last), None, out, [])
+        np.testing.assert_array_equal(out, expected[first:last])
 
 
 def spikes_or_counts(rng: np.random.Generator, shape: tuple[int, ...], most: int) -> np.ndarray:

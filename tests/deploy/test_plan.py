@@ -187,7 +187,7 @@ def spiking(share: float, batch: int = 3) -> tuple[Net, np.ndarray]:
 @compiled_sets
 def test_the_variant_follows_the_density():
     kernels.use(kernels.available()[-1])
-    for share, expected in ((0.01, {"events"}), (0.9, {"dense", "narrow"})):
+    for share, expected in ((0.01, {"events"}), (0.9, {"dense", "narrow", "winograd"})):
         net, images = spiking(share)
         wanted = by_trace(net, images)
         for _ in range(3):  # the first call does not know the density yet, the others do

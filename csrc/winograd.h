@@ -1,0 +1,309 @@
+// Convolution of 3x3, stride 1, by Winograd's F(2x2, 3x3): 16 products where four outputs have 36, and no rounding, because
+// everything stays whole.
+//
+//   Y = A (U . V) A^T / 4,   U = (2 G) g (2 G)^T,   V = B d B^T,   d: 4x4 codes, g: 3x3 weights, Y: 2x2 sums
+//
+//   2 G = 2 0 0    B = 1 0 -1  0    A = 1 1  1  0
+//         1 1 1        0 1  1  0        0 1 -1 -1
+//         1 -1 1       0 -1 1  0
+//         0 0 2        0 1  0 -1
+//
+// U is at most 9 times the largest weight, which must fit into 8 bits, so weights lie in -14..14. V is a sum or difference of two
+// codes less one of two, or, at place (1, 1), the sum of four codes: with codes up to 63 the former lie in -126..126, the latter in
+// 0..252, and become what V::dot takes by the offsets of signed and of unsigned codes. The sum over channels is 4 Y after A on both
+// sides, without a remainder; its size is bounded in winograd_supported.
+//
+// Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2015, section 4.1 (with rows 2 and 3 of B as there).
+#pragma once
+#include "finish.h"
+
+namespace bitspike {
+namespace {
+
+#ifdef _MSC_VER
+#define KERNEL_NOINLINE __declspec(noinline)
+#else
+#define KERNEL_NOINLINE __attribute__((noinline))
+#endif
+
+constexpr int kPlaces = 16;                       // products of a tile of 2x2 outputs
+constexpr size_t kWinogradBytes = 256 << 10;      // of transformed codes at a time: a quarter of a second-level cache
+constexpr size_t kMostTiles = 64;
+
+// Packed: weights [vectors][kPlaces][steps][lanes][unit], then the first value of the sums, int32 [vectors][kPlaces][lanes], m and
+// b, int32 [vectors * lanes], and whether requantization fits.
+template <class V>
+struct WinogradPacking {
+  typename V::Weight* weight;
+  int32_t *start, *m, *b, *fits;
+  size_t steps, place, vectors, bytes;  // place: weights of a vector of outputs at one place
+
+  WinogradPacking(const Conv& c, const void* packed) {
+    steps = round_up(c.channels, V::kUnit) / V::kUnit;
+    place = steps * V::kLanes * V::kUnit;
+    vectors = round_up(c.outputs, V::kLanes) / V::kLanes;
+    const size_t weights = round_up(vectors * kPlaces * place * sizeof(typename V::Weight), 64);
+    char* p = static_cast<char*>(const_cast<void*>(packed));
+    weight = reinterpret_cast<typename V::Weight*>(p);
+    start = reinterpret_cast<int32_t*>(p + weights);
+    m = start + vectors * kPlaces * V::kLanes;
+    b = m + vectors * V::kLanes;
+    fits = b + vectors * V::kLanes;
+    bytes = weights + round_up(((kPlaces + 2) * vectors * V::kLanes + 1) * sizeof(int32_t), 64);
+  }
+};
+
+inline bool winograd_supported(const Conv& c) { return may_support(Variant::winograd, c); }
+
+template <class V>
+size_t winograd_packed_bytes(const Conv& c) {
+  return WinogradPacking<V>(c, nullptr).bytes;
+}
+
+template <class V>
+constexpr int32_t winograd_offset(int place) {
+  return place == 5 ? V::kUnsignedOffset : V::kSignedOffset;  // place 5 is (1, 1)
+}
+
+template <class V>
+void winograd_pack(const Conv& c, void* packed) {
+  const WinogradPacking<V> p(c, packed);
+  memset(packed, 0, p.bytes);
+  *p.fits = requant_fits(c);
+  for (int o = 0; o < c.outputs; ++o) {
+    const size_t vector = o / V::kLanes, lane = o % V::kLanes;
+    typename V::Weight* const to = p.weight + vector * kPlaces * p.place + lane * V::kUnit;
+    const int8_t* g = c.weight + static_cast<size_t>(o) * 9 * c.channels;
+    uint32_t sum[kPlaces] = {};
+    for (int i = 0; i < c.channels; ++i) {
+      int rows[4][3];
+      for (int k = 0; k < 3; ++k) {
+        const int g0 = g[k * c.channels + i], g1 = g[(3 + k) * c.channels + i], g2 = g[(6 + k) * c.channels + i];
+        rows[0][k] = 2 * g0, rows[1][k] = g0 + g1 + g2, rows[2][k] = g0 - g1 + g2, rows[3][k] = 2 * g2;
+      }
+      for (int r = 0; r < 4; ++r) {
+        const int* k = rows[r];
+        const int u[4] = {2 * k[0], k[0] + k[1] + k[2], k[0] - k[1] + k[2], 2 * k[2]};
+        for (int j = 0; j < 4; ++j) {
+          const int place = 4 * r + j;
+          const int8_t w = static_cast<int8_t>(u[j]);
+          V::put_weight(to + place * p.place + i / V::kUnit * V::kLanes * V::kUnit + i % V::kUnit, 0, w);
+          sum[place] += V::start(w, winograd_offset<V>(place));
+        }
+      }
+    }
+    for (int place = 0; place < kPlaces; ++place)
+      p.start[(vector * kPlaces + place) * V::kLanes + lane] = static_cast<int32_t>(sum[place]);
+    p.m[o] = c.m[o];
+    p.b[o] = c.b[o];
+  }
+}
+
+// Four padded rows of codes, the same after B from the left, the codes of `tiles` tiles after B from both sides,
+// [tiles / kPixels][kPlaces][kPixels][channels] with some bytes after each place, since 16 places a power of two apart would share
+// one set of the cache, and the sums of a block of tiles and outputs, [kPlaces][kPixels][vectors][lanes].
+template <class V>
+struct WinogradScratch {
+  using Code = typename V::Code;
+  size_t row, channels, place, tiles, bytes;
+  uint8_t* rows;
+  Code *halves, *codes;
+  int32_t* sums;
+
+  WinogradScratch(const Conv& c, void* scratch) {
+    row = (round_up(c.out_width, 2) + 2) * c.channels;
+    channels = round_up(c.channels, V::kUnit);
+    place = V::kPixels * channels + 64 / sizeof(Code);
+    const size_t fit = kWinogradBytes / (kPlaces * place * sizeof(Code)), most = kMostTiles / V::kPixels;
+    const size_t blocks = fit < 1 ? 1 : fit < most ? fit : most;
+    tiles = blocks * V::kPixels;
+    char* at = static_cast<char*>(scratch);
+    const auto take = [&](size_t size) {
+      char* found = at;
+      at += round_up(size, 64);
+      return found;
+    };
+    sums = reinterpret_cast<int32_t*>(take(kPlaces * V::kPixels * V::kVectors * V::kLanes * sizeof(int32_t)));
+    codes = reinterpret_cast<Code*>(take(blocks * kPlaces * place * sizeof(Code)));
+    halves = reinterpret_cast<Code*>(take(4 * row * sizeof(Code)));
+    rows = reinterpret_cast<uint8_t*>(take(4 * row));
+    bytes = static_cast<size_t>(at - static_cast<char*>(scratch));
+  }
+  Code* tile(size_t t) const { return codes + t / V::kPixels * kPlaces * place + t % V::kPixels * channels; }
+};
+
+template <class V>
+size_t winograd_scratch_bytes(const Conv& c, int) {
+  return WinogradScratch<V>(c, nullptr).bytes;
+}
+
+// Row y of the padded image, y may lie outside.
+inline void padded_row(const Conv& c, const uint8_t* image, int y, size_t codes, uint8_t* to) {
+  const size_t channels = c.channels, left = c.pad_w * channels, inside = c.width * channels;
+  const bool outside = y < 0 || y >= c.height;
+  for (size_t at = 0; at < codes;) {
+    if (at == left && !outside) {
+      memcpy(to + at, image + static_cast<size_t>(y) * inside, inside);
+      at += inside;
+      continue;
+    }
+    for (size_t i = 0; i < channels; ++i) to[at + i] = static_cast<uint8_t>(c.pad_value[i]);
+    at += channels;
+  }
+}
+
+// B from the left on four rows of codes.
+template <class Code>
+void transform_rows(const uint8_t* __restrict d0, const uint8_t* __restrict d1, const uint8_t* __restrict d2,
+                    const uint8_t* __restrict d3, size_t count, Code* __restrict to) {
+  Code *__restrict t0 = to, *__restrict t1 = to + count, *__restrict t2 = t1 + count, *__restrict t3 = t2 + count;
+  for (size_t i = 0; i < count; ++i) {
+    t0[i] = static_cast<Code>(d0[i] - d2[i]);
+    t1[i] = static_cast<Code>(d1[i] + d2[i]);
+    t2[i] = static_cast<Code>(d2[i] - d1[i]);
+    t3[i] = static_cast<Code>(d1[i] - d3[i]);
+  }
+}
+
+// B from the right on four columns of one of these rows; `step` between places.
+template <class Code>
+void transform_columns(const Code* __restrict d, size_t channels, int plain, int summed, Code* __restrict to, size_t step) {
+  const Code *__restrict d1 = d + channels, *__restrict d2 = d1 + channels, *__restrict d3 = d2 + channels;
+  Code *__restrict t1 = to + step, *__restrict t2 = t1 + step, *__restrict t3 = t2 + step;
+  for (size_t i = 0; i < channels; ++i) {
+    to[i] = static_cast<Code>(d[i] - d2[i] + plain);
+    t1[i] = static_cast<Code>(d1[i] + d2[i] + summed);
+    t2[i] = static_cast<Code>(d2[i] - d1[i] + plain);
+    t3[i] = static_cast<Code>(d1[i] - d3[i] + plain);
+  }
+}
+
+// Where the outputs of a chunk of tiles go: tiles are numbered row by row.
+struct WinogradOutputs {
+  size_t tiles_x, first;  // of the chunk
+  int width, rows, outputs;
+};
+
+// The sums over `count` codes at one place for kPixels tiles, `tile` codes apart, x N vectors of outputs, `vector` weights apart. A function
+// of its own, for all its pointers to have a register each.
+template <class V, int N>
+KERNEL_NOINLINE void winograd_place(const typename V::Code* x, size_t tile, size_t count, const typename V::Weight* w, size_t vector,
+                                    const int32_t* start, int32_t* sums) {
+  using I32 = typename V::I32;
+  I32 acc[V::kPixels][N];
+  for (int n = 0; n < N; ++n) {
+    const I32 first = V::load(start + n * kPlaces * V::kLanes);
+    for (int i = 0; i < V::kPixels; ++i) acc[i][n] = first;
+  }
+  const typename V::Code *x1 = x + tile, *x2 = x1 + tile, *x3 = x2 + tile;
+  const typename V::Code *x4 = x3 + tile, *x5 = x4 + tile, *x6 = x5 + tile, *x7 = x6 + tile;
+  for (size_t k = 0; k < count; k += V::kUnit, w += V::kLanes * V::kUnit) {
+    I32 weights[N];
+    for (int n = 0; n < N; ++n) weights[n] = V::load_weights(w + n * vector);
+    const auto one = [&](I32* a, const typename V::Code* from) {
+      const I32 codes = V::broadcast(from + k);
+      for (int n = 0; n < N; ++n) a[n] = V::dot(a[n], codes, weights[n]);
+    };
+    one(acc[0], x), one(acc[1], x1), one(acc[2], x2), one(acc[3], x3);
+    if constexpr (V::kPixels > 4) one(acc[4], x4), one(acc[5], x5), one(acc[6], x6), one(acc[7], x7);
+  }
+  const auto put = [&](const I32* a) {
+    for (int n = 0; n < N; ++n, sums += V::kLanes) V::store(sums, a[n], V::kLanes);
+  };
+  put(acc[0]), put(acc[1]), put(acc[2]), put(acc[3]);
+  if constexpr (V::kPixels > 4) put(acc[4]), put(acc[5]), put(acc[6]), put(acc[7]);
+}
+
+// kPixels tiles x N vectors of outputs: products, sums over the channels, A on both sides, epilogue.
+template <class V, int N, class Finish>
+void winograd_block(const Conv& c, const WinogradPacking<V>& p, const WinogradScratch<V>& s, size_t block, size_t count,
+                    size_t vector, const WinogradOutputs& out, const typename V::Scale& scale, const Finish& write) {
+  using I32 = typename V::I32;
+  constexpr size_t kLanes = V::kLanes;
+  const typename V::Code* x = s.tile(block);
+  const typename V::Weight* weight = p.weight + vector * kPlaces * p.place;
+  const int32_t* start = p.start + vector * kPlaces * kLanes;
+  for (size_t place = 0; place < kPlaces; ++place)
+    winograd_place<V, N>(x + place * s.place, s.channels, s.channels, weight + place * p.place, kPlaces * p.place,
+                         start + place * kLanes, s.sums + place * V::kPixels * N * kLanes);
+  constexpr size_t kPlaceStep = V::kPixels * N * kLanes;
+  for (int n = 0; n < N; ++n) {
+    const int o = static_cast<int>(vector + n) * V::kLanes, lanes = at_most(out.outputs - o, V::kLanes);
+    const Requantize<V, Finish::kFits> requantize(p.m + o, p.b + o);
+    for (size_t i = 0; i < count; ++i) {
+      const int32_t* from = s.sums + (i * N + n) * kLanes;
+      I32 half[2][4];
+      for (int j = 0; j < 4; ++j) {
+        const auto at = [&](int row) { return V::load(from + (4 * row + j) * kPlaceStep); };
+        const I32 one = at(1), two = at(2);
+        half[0][j] = V::add(at(0), V::add(one, two));
+        half[1][j] = V::sub(V::sub(one, two), at(3));
+      }
+      const size_t number = out.first + block + i;
+      const int y = static_cast<int>(number / out.tiles_x) * 2, column = static_cast<int>(number % out.tiles_x) * 2;
+      for (int dy = 0; dy < 2 && y + dy < out.rows; ++dy) {
+        const I32* h = half[dy];
+        const size_t to = (static_cast<size_t>(y + dy) * out.width + column) * out.outputs + o;
+        const I32 left = V::add(h[0], V::add(h[1], h[2])), right = V::sub(V::sub(h[1], h[2]), h[3]);
+        write(to, o, lanes, requantize(V::shift_right(left, 2), scale));
+        if (column + 1 < out.width) write(to + out.outputs, o, lanes, requantize(V::shift_right(right, 2), scale));
+      }
+    }
+  }
+}
+
+template <class V, class Finish>
+void winograd_rows(const Conv& c, const WinogradPacking<V>& p, const uint8_t* image, int row0, int row1, const Finish& write,
+                   void* scratch) {
+  const WinogradScratch<V> s(c, scratch);
+  const typename V::Scale scale(c.shift);
+  const int rows = row1 - row0, top = row0 - c.pad_h;
+  const size_t tiles_x = (static_cast<size_t>(c.out_width) + 1) / 2, all = tiles_x * ((rows + 1) / 2);
+  int begun = -1, padded = 0;  // the row of tiles whose halves are there, rows of the image that are
+  for (size_t first = 0; first < all; first += s.tiles) {
+    const size_t count = all - first < s.tiles ? all - first : s.tiles;
+    for (size_t t = 0; t < count; ++t) {
+      const int ty = static_cast<int>((first + t) / tiles_x);
+      if (ty != begun) {
+        begun = ty;
+        for (; padded < 2 * ty + 4; ++padded) padded_row(c, image, top + padded, s.row, s.rows + padded % 4 * s.row);
+        const auto row = [&](int i) { return s.rows + (2 * ty + i) % 4 * s.row; };
+        transform_rows(row(0), row(1), row(2), row(3), s.row, s.halves);
+      }
+      const size_t x = (first + t) % tiles_x * 2;
+      typename V::Code* const to = s.tile(t);
+      for (int i = 0; i < 4; ++i)
+        transform_columns(s.halves + i * s.row + x * c.channels, c.channels, winograd_offset<V>(4 * i),
+                          winograd_offset<V>(4 * i + 1), to + 4 * i * s.place, s.place);
+    }
+    const WinogradOutputs out{tiles_x, first, c.out_width, rows, c.outputs};
+    for (size_t vector = 0; vector < p.vectors;) {
+      const size_t left = p.vectors - vector;
+      const size_t n = left == 4 ? 2 : left < V::kVectors ? left : V::kVectors;  // 4 are better split 2 + 2 than 3 + 1
+      for (size_t block = 0; block < count; block += V::kPixels) {
+        const size_t some = count - block < V::kPixels ? count - block : V::kPixels;
+        if (V::kVectors == 3 && n == 3) winograd_block<V, V::kVectors>(c, p, s, block, some, vector, out, scale, write);
+        else if (n == 2) winograd_block<V, 2>(c, p, s, block, some, vector, out, scale, write);
+        else winograd_block<V, 1>(c, p, s, block, some, vector, out, scale, write);
+      }
+      vector += n;
+    }
+  }
+}
+
+template <class V>
+void conv_winograd(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e, void* scratch) {
+  const WinogradPacking<V> p(c, packed);
+  const uint8_t* codes = static_cast<const uint8_t*>(image);
+  with_finish<V>(e, c.outputs, *p.fits,
+                 [&](const auto& write) { winograd_rows<V>(c, p, codes, row0, row1, write, scratch); });
+  count_nonzero<V>(e, static_cast<size_t>(row1 - row0) * c.out_width * c.outputs);
+}
+
+template <class V>
+constexpr ConvKernel winograd_kernel() {
+  return {winograd_supported, winograd_packed_bytes<V>, winograd_pack<V>, winograd_scratch_bytes<V>, conv_winograd<V>};
+}
+
+}  // namespace
+}  // namespace bitspike
