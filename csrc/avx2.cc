@@ -149,6 +149,8 @@ struct Avx2 {
   static I32 clip(I32 v, int32_t lo, int32_t hi) {
     return _mm256_min_epi32(_mm256_max_epi32(v, _mm256_set1_epi32(lo)), _mm256_set1_epi32(hi));
   }
+  static I32 smaller(I32 a, I32 b) { return _mm256_min_epi32(a, b); }
+  static I32 larger(I32 a, I32 b) { return _mm256_max_epi32(a, b); }
   static I32 multiply(I32 a, I32 b) { return _mm256_mullo_epi32(a, b); }
   static I32 add(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
   static I32 shift_right(I32 a, int n) { return _mm256_sra_epi32(a, _mm_cvtsi32_si128(n)); }

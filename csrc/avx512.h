@@ -133,6 +133,8 @@ struct Avx512 {
   static I32 clip(I32 v, int32_t lo, int32_t hi) {
     return _mm512_min_epi32(_mm512_max_epi32(v, _mm512_set1_epi32(lo)), _mm512_set1_epi32(hi));
   }
+  static I32 smaller(I32 a, I32 b) { return _mm512_min_epi32(a, b); }
+  static I32 larger(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
   static I32 multiply(I32 a, I32 b) { return _mm512_mullo_epi32(a, b); }
   static I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
   static I32 shift_right(I32 a, int n) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128(n)); }

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "direct.h"
 #include "memory.h"
 
 namespace nb = nanobind;
@@ -81,7 +82,10 @@ class OneConv {
     require(kernel_, "no such variant");
     supported_ = kernel_->supported(c);
     if (supported_) kernel_->pack(c, packed_.get(packed_bytes_ = kernel_->packed_bytes(c)));
-    c.weight = nullptr, c.m = c.b = nullptr;
+    direct_able_ = k.direct;
+    weight_.assign(weight.data(), weight.data() + weight.size());
+    m_.assign(m.data(), m.data() + m.size()), b_.assign(b.data(), b.data() + b.size());
+    c.weight = weight_.data(), c.m = m_.data(), c.b = b_.data();
   }
 
   bool supported() const { return supported_; }
@@ -100,8 +104,8 @@ class OneConv {
     const auto [row0, row1] = rows;
     require(row0 >= 0 && row0 < row1 && row1 <= c.out_height, "bad rows");
     size_t nonzero[2] = {};
-    const Epilogue e =
-        make_epilogue(size_t(row1 - row0) * c.out_width * c.outputs, c.outputs, residual, out, codes, nonzero);
+    Epilogue e = make_epilogue(size_t(row1 - row0) * c.out_width * c.outputs, c.outputs, residual, out, codes, nonzero);
+    if (!residual && !out && codes.size() == 1) e.direct = direct(e.quantizer[0]);
     void* scratch = scratch_.get(kernel_->scratch_bytes(c, row1 - row0));
     {
       nb::gil_scoped_release release;
@@ -110,11 +114,26 @@ class OneConv {
     return {nonzero, nonzero + codes.size()};
   }
 
+  bool is_direct() const { return direct_.get(); }  // the last call
+
  private:
+  const Direct* direct(const Quantizer& q) {  // what it was made for is kept: making it takes longer than a small image
+    const std::vector<int32_t> key = [&] {
+      std::vector<int32_t> numbers(q.m, q.m + (q.per_channel ? conv_.outputs : 1));
+      numbers.insert(numbers.end(), {q.shift, q.lo, q.hi});
+      return numbers;
+    }();
+    if (direct_able_ && key != direct_for_) direct_ = DirectCodes(conv_, q), direct_for_ = key;
+    return direct_.get();
+  }
+
   std::vector<int16_t> pad_value_;
+  std::vector<int8_t> weight_;
+  std::vector<int32_t> m_, b_, direct_for_;
+  DirectCodes direct_;
   Conv conv_{};
   const ConvKernel* kernel_;
-  bool supported_;
+  bool supported_, direct_able_;
   size_t packed_bytes_ = 0;
   Memory packed_, scratch_;
 };
@@ -184,6 +203,7 @@ void bind_kernels(nb::module_& m) {
       .def_prop_ro("supported", &OneConv::supported)
       .def_prop_ro("packed_bytes", &OneConv::packed_bytes)
       .def_prop_ro("out_size", &OneConv::out_size)
+      .def_prop_ro("is_direct", &OneConv::is_direct, "Whether the last call made its codes by Epilogue::direct.")
       .def("__call__", &OneConv::operator(), "x"_a.noconvert(), "rows"_a, "residual"_a.noconvert().none(),
            "out"_a.noconvert().none(), "codes"_a);
   m.def("finish", &finish, "isa"_a, "x"_a.noconvert(), "residual"_a.noconvert().none(), "out"_a.noconvert().none(),

@@ -169,7 +169,7 @@ void popcount_block(const Conv& c, const PopcountPacking<V>& p, const BitRows& r
   }
   for (int n = 0; n < N; ++n) {
     const int o = first + n * V::kLanes;
-    const Requantize<V, Finish::kFits> requantize(p.m + o, p.b + o);
+    const Requantize<V, Finish> requantize(write, o, p.m + o, p.b + o);
     for (int i = 0; i < V::kPixels; ++i)
       if (i < count)
         write(y[i] + o, o, at_most(c.outputs - o, V::kLanes),

@@ -120,7 +120,7 @@ void depthwise_rows(const Conv& c, const void* packed, const uint8_t* image, int
     const int channel = static_cast<int>(block) * V::kLanes, lanes = at_most(c.channels - channel, V::kLanes);
     const int32_t* weight = p.data + block * p.block;
     const int32_t* after = weight + p.vectors * V::kLanes;
-    const Requantize<V, Finish::kFits> requantize(after, after + V::kLanes);
+    const Requantize<V, Finish> requantize(write, channel, after, after + V::kLanes);
     const typename V::I32 start = V::load(after + 2 * V::kLanes);
     uint8_t pad_codes[V::kLanes] = {};
     for (int i = 0; i < lanes; ++i) pad_codes[i] = static_cast<uint8_t>(c.pad_value[channel + i]);

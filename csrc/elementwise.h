@@ -152,6 +152,7 @@ constexpr Kernels kernels(const char* name, ConvKernel popcount, ConvKernel slic
           lif_packed<V>,
           ielif<V>,
           scalar_lookup,
+          true,
           spin<V>};
 }
 

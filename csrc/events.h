@@ -215,7 +215,7 @@ struct EventsFinish {
 
   void operator()(const typename V::I32* acc, size_t y) const {
     for (int i = 0, at = o; i < 4 * N && at < outputs; ++i, at += V::kLanes) {
-      const Requantize<V, Finish::kFits> requantize(m + at, b + at);
+      const Requantize<V, Finish> requantize(write, at, m + at, b + at);
       write(y + at, at, at_most(outputs - at, V::kLanes), requantize(acc[i], scale));
     }
   }

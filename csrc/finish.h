@@ -75,7 +75,7 @@ inline const Quantizer& used_quantizer(const Epilogue& e, int k) {
 // Any epilogue, after any convolution.
 template <class V>
 struct FinishAny {
-  static constexpr bool kFits = false;
+  static constexpr bool kFits = false, kDirect = false;
   const Epilogue& e;
   QuantizeVector<V> first, second;
 
@@ -95,7 +95,7 @@ struct FinishAny {
 template <class V, bool kResidual, bool kOut, bool kCodes, int kForm>
 struct FinishUsual {
   using Quantize = QuantizeVector<V>;
-  static constexpr bool kFits = true;
+  static constexpr bool kFits = true, kDirect = false;
   const int32_t* residual;
   int32_t* out;
   uint8_t* codes;
@@ -112,11 +112,22 @@ struct FinishUsual {
   }
 };
 
+// Codes that Requantize makes of the sums.
+template <class V>
+struct FinishDirect {
+  static constexpr bool kFits = true, kDirect = true;
+  const Direct& direct;
+  uint8_t* codes;
+
+  void operator()(size_t i, size_t, int lanes, typename V::I32 code) const { V::store_codes(codes + i, code, lanes); }
+};
+
 // Calls body(finish) with the most special of the above that fits. `fits`: requantizing the accumulators, bias and all,
 // cannot leave 32 bits (see requant_fits).
 template <class V, class Body>
 void with_finish(const Epilogue& e, size_t channels, bool fits, Body body) {
   using Form = typename QuantizeVector<V>::Form;
+  if (e.direct) return body(FinishDirect<V>{*e.direct, e.codes[0]});
   if (!fits || e.codes[1]) return body(FinishAny<V>(e, channels));
   const QuantizeVector<V> q(used_quantizer(e, 0), channels);
   constexpr int kSmall = static_cast<int>(Form::small), kFits = static_cast<int>(Form::fits);
@@ -153,15 +164,32 @@ inline bool requant_fits(const Conv& c) {
   return true;
 }
 
-// m and b of kLanes outputs, and what makes a potential of an accumulator.
-template <class V, bool kFits>
+// What makes of the accumulators of kLanes outputs, the first of which is `channel`, what `Finish` takes: potentials.
+template <class V, class Finish, bool kDirect = Finish::kDirect>
 struct Requantize {
   typename V::Factor m, wide;
   typename V::I32 b;
 
-  Requantize(const int32_t* m_at, const int32_t* b_at) : m(V::multiplier(m_at)), wide(b_at), b(V::load(b_at)) {}
+  Requantize(const Finish&, size_t, const int32_t* m_at, const int32_t* b_at)
+      : m(V::multiplier(m_at)), wide(b_at), b(V::load(b_at)) {}
   typename V::I32 operator()(typename V::I32 acc, const typename V::Scale& scale) const {
-    return kFits ? V::add(V::requant_fits(acc, m, scale), b) : V::requant(acc, m, wide, scale);
+    return Finish::kFits ? V::add(V::requant_fits(acc, m, scale), b) : V::requant(acc, m, wide, scale);
+  }
+};
+
+// Codes.
+template <class V, class Finish>
+struct Requantize<V, Finish, true> {
+  typename V::I32 first, last, m, b;
+  int shift, lo, hi;
+
+  Requantize(const Finish& finish, size_t channel, const int32_t*, const int32_t*)
+      : first(V::load(finish.direct.first + channel)), last(V::load(finish.direct.last + channel)),
+        m(V::load(finish.direct.m + channel)), b(V::load(finish.direct.b + channel)), shift(finish.direct.shift),
+        lo(finish.direct.lo), hi(finish.direct.hi) {}
+  typename V::I32 operator()(typename V::I32 acc, const typename V::Scale&) const {
+    const typename V::I32 x = V::smaller(V::larger(acc, first), last);
+    return V::clip(V::shift_right(V::add(V::multiply(x, m), b), shift), lo, hi);
   }
 };
 

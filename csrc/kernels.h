@@ -55,6 +55,13 @@ struct Quantizer {
   int32_t lo, hi;
 };
 
+// The same codes from the sums themselves, where no potential is wanted (direct.cc): a code is
+// clip((clip(acc, first, last) * m + b) >> shift, lo, hi), modulo 2^32, with numbers per output, in arrays rounded up to 64.
+struct Direct {
+  int shift, lo, hi;
+  const int32_t *first, *last, *m, *b;
+};
+
 // What becomes of a row of potentials x while it is still in registers:
 //   y = residual ? sat32(x + residual) : x;  out = y;  codes[i] = quantizer[i](y);  nonzero[i] += how many are not 0
 // Every pointer may be null (a null codes[i] skips that quantizer) and points at the first row that is written; rows are
@@ -65,6 +72,7 @@ struct Epilogue {
   Quantizer quantizer[2];
   uint8_t* codes[2];
   size_t* nonzero[2];
+  const Direct* direct;  // what a convolution may do instead: codes[0] is all there is to write. Or nullptr
 };
 
 // The ways to compute one convolution. All that support it give the same integers.
@@ -192,6 +200,7 @@ struct Kernels {
   void (*ielif)(const IeLif&, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride);
   // table: [channels, 256]
   void (*lookup)(const uint8_t* x, size_t rows, size_t channels, const int8_t* table, int8_t* y);
+  bool direct;  // whether convolutions make use of Epilogue::direct
   // Runs bare instructions in registers for `rounds`; returns the multiply-accumulates they did (an addition counts as
   // one). 0 where there is no such instruction. Null: not measured.
   double (*spin)(Spin, size_t rounds);

@@ -158,6 +158,8 @@ struct Neon : NeonCodes<kDot> {
   }
 
   static I32 clip(I32 v, int32_t lo, int32_t hi) { return vminq_s32(vmaxq_s32(v, vdupq_n_s32(lo)), vdupq_n_s32(hi)); }
+  static I32 smaller(I32 a, I32 b) { return vminq_s32(a, b); }
+  static I32 larger(I32 a, I32 b) { return vmaxq_s32(a, b); }
   static I32 multiply(I32 a, I32 b) { return vmulq_s32(a, b); }
   static I32 add(I32 a, I32 b) { return vaddq_s32(a, b); }
   static I32 sub(I32 a, I32 b) { return vsubq_s32(a, b); }

@@ -6,9 +6,11 @@
 #include <deque>
 #include <exception>
 #include <new>
+#include <optional>
 #include <thread>
 
 #include "choice.h"
+#include "direct.h"
 #include "pool.h"
 
 namespace bitspike {
@@ -54,6 +56,9 @@ struct Plan::Layered {
   Conv conv;
   int stage, input;
   int forced = -1;
+  std::optional<Codes> only;  // all that its epilogue writes
+  DirectCodes direct;
+  std::atomic<const Direct*> direct_ready{nullptr};
   std::array<bool, kVariants> able{};
   bool choice;  // more than one variant is able
   std::array<Memory, kVariants> packed;
@@ -168,6 +173,7 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
   const size_t index = layers_.size() - 1;
   const int steps = values_[x].steps;
   const bool flat = !stage.parts;
+  if (kernels_.direct && f.residual < 0 && f.out < 0 && f.codes.size() == 1) layer.only = f.codes[0];
   const auto run = [this, &layer, index, x, f, steps, flat](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
     const Variant variant = (*g.variants)[index];
     const ConvKernel& k = kernels_.conv[static_cast<int>(variant)];
@@ -183,7 +189,9 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
       const char* from = flat ? place(values_[x], g, tile, capacity, s, t) : image(values_[x], g, tile.image, t);
       const size_t all = values_[x].positions() * unit;  // with padding, the last rows may read none of it
       if (layer.choice && skipped < all) look(from + skipped, std::min(read, all - skipped), s.sample[index]);
-      k.run(c, packed, from, row0, row1, epilogue(f, g, tile, capacity, s, t), scratch);
+      Epilogue e = epilogue(f, g, tile, capacity, s, t);
+      e.direct = layer.direct_ready.load(std::memory_order_acquire);
+      k.run(c, packed, from, row0, row1, e, scratch);
     }
   };
   add(run, {x, f.residual, f.out, f.codes.size() > 0 ? f.codes[0].value : -1, f.codes.size() > 1 ? f.codes[1].value : -1});
@@ -324,6 +332,13 @@ std::vector<Variant> Plan::choose() {
       layer->ready[i] = true;
     }
     variants.push_back(v);
+    // Not before the second call: that takes a while, and who wants one picture wants it soon.
+    if (called_ && layer->only) {
+      const Codes& q = *layer->only;
+      layer->direct = DirectCodes(c, {q.m.data(), q.m.size() > 1, q.shift, q.lo, q.hi});
+      layer->direct_ready.store(layer->direct.get(), std::memory_order_release);
+      layer->only.reset();
+    }
   }
   return variants;
 }
@@ -331,6 +346,7 @@ std::vector<Variant> Plan::choose() {
 // What the codes of stages [first, last) were like.
 void Plan::learn(const Workspace& w, size_t images, int first, int last) {
   std::lock_guard<std::mutex> lock(mutex_);
+  called_ = true;
   for (size_t i = 0; i < values_.size(); ++i) {
     if (counted_[i] < first || counted_[i] >= last) continue;
     const Value& v = values_[i];

@@ -161,6 +161,7 @@ class Plan {
   std::vector<std::unique_ptr<Workspace>> idle_;
   std::vector<float> density_;  // by value; -1: not known
   std::vector<float> load_;     // by convolution; -1: not known
+  bool called_ = false;         // and done, at least once
 };
 
 }  // namespace bitspike

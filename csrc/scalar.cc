@@ -346,6 +346,7 @@ constexpr Kernels kernels_scalar = {"scalar",
                                     scalar_lif_packed,
                                     ielif,
                                     scalar_lookup,
+                                    false,
                                     nullptr};
 
 }  // namespace bitspike

@@ -196,13 +196,13 @@ template <class V, class Finish>
 void finish_planes(const SlicedPacking<V>& p, const uint8_t* from, int planes, const int32_t* events, size_t pixels, int first,
                    int last, size_t y, size_t outputs, const typename V::Scale& scale, const Finish& write) {
   constexpr size_t kPlane = V::kBytes / 4;  // of a lane
-  using One = Requantize<V, Finish::kFits>;
+  using One = Requantize<V, Finish>;
   for (int o = first; o < last; o += V::kBytes) {
     const int in_lane = (o - first) % SlicedPacking<V>::kLane, vectors = (at_most(last - o, V::kBytes) + V::kLanes - 1) / V::kLanes;
     const uint8_t* at = from + (o - first - in_lane) / 8 * static_cast<size_t>(planes) + in_lane / 8;
     const int32_t *m = p.m + o, *b = p.b + o;
-    const One requantize[4] = {{m, b}, {m + V::kLanes, b + V::kLanes}, {m + 2 * V::kLanes, b + 2 * V::kLanes},
-                               {m + 3 * V::kLanes, b + 3 * V::kLanes}};
+    const auto outputs_at = [&](int v) { return One(write, o + v * V::kLanes, m + v * V::kLanes, b + v * V::kLanes); };
+    const One requantize[4] = {outputs_at(0), outputs_at(1), outputs_at(2), outputs_at(3)};
     size_t to = y + o;
     for (size_t i = 0; i < pixels; ++i, at += planes * p.plane_bytes(), to += outputs) {
       typename V::I32 count[4];

@@ -153,7 +153,7 @@ void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* cons
   const typename V::Scale scale(c.shift);
   for (int n = 0; n < N; ++n) {
     const int o = first + n * V::kLanes, lanes = at_most(outputs - o, V::kLanes);
-    const Requantize<V, Finish::kFits> requantize(p.m + o, p.b + o);
+    const Requantize<V, Finish> requantize(write, c_first + o, p.m + o, p.b + o);
     for (int i = 0; i < V::kPixels; ++i)
       if (i < pixels) write(y[i] + o, c_first + o, lanes, requantize(V::unscale(acc[i][n]), scale));
   }

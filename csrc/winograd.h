@@ -229,7 +229,7 @@ void winograd_block(const Conv& c, const WinogradPacking<V>& p, const WinogradSc
   constexpr size_t kPlaceStep = V::kPixels * N * kLanes;
   for (int n = 0; n < N; ++n) {
     const int o = static_cast<int>(vector + n) * V::kLanes, lanes = at_most(out.outputs - o, V::kLanes);
-    const Requantize<V, Finish::kFits> requantize(p.m + o, p.b + o);
+    const Requantize<V, Finish> requantize(write, o, p.m + o, p.b + o);
     for (size_t i = 0; i < count; ++i) {
       const int32_t* from = s.sums + (i * N + n) * kLanes;
       I32 half[2][4];

@@ -272,6 +272,36 @@ def test_tiles_of_four_outputs_are_the_definition(isa, weights, top, channels, o
         np.testing.assert_array_equal(out, expected[first:last])
 
 
+@pytest.mark.parametrize("isa", [s for s in SETS if s != "scalar"])
+@pytest.mark.parametrize("lo, hi", [(0, 1), (0, 4), (-127, 127), (-128, 127), (0, 255)])
+@pytest.mark.parametrize("slope", [0.004, 0.13, 0.97, 2.83, 40.0])
+def test_codes_straight_from_sums_are_the_definition(isa, lo, hi, slope):
+    """One multiplication in place of two roundings, for every sum there is: one channel, weights that are its sums."""
+    rng = np.random.default_rng(int(100 * slope) + hi)
+    w = np.array([-128, -127, -64, -3, -1, 1, 2, 64, 126, 127], np.int8).reshape(10, 1, 1, 1).repeat(2, 0)
+    x = np.arange(64, dtype=np.uint8).reshape(1, 64, 1)
+    m = (rng.integers(1 << 24, 1 << 28, 20) * np.where(rng.random(20) < 0.3, -1, 1)).astype(np.int32)
+    b = rng.integers(-1 << 26, 1 << 26, 20).astype(np.int32)
+    m[3] = 0  # one code whatever comes
+    s = 12
+    q = np.round(slope * 2.0 ** (s + 40) / np.abs(np.where(m == 0, 1 << 26, m))).astype(np.int64)
+    q = np.minimum(q, MOST).astype(np.int32)
+    conv = _kernels.OneConv(isa, "dense", (1, 64), w, (1, 1), (0, 0), 1, np.zeros(1, np.int16), m, s, b, (0, 63))
+    y = ops.conv(x[None, None], w, (1, 1), (0, 0), 1, np.zeros(1, np.int16), m, s, b)[0, 0]
+    codes = np.empty((1, 64, 20), np.uint8)
+    conv(x, (0, 1), None, None, [(q, 40, lo, hi, codes)])
+    expected = ops.quantize(y[None, None], q, 40, lo, hi, "s8" if lo < 0 else "u8")[0, 0]
+    np.testing.assert_array_equal(codes.view(expected.dtype), expected)
+    assert conv.is_direct
+    # Where a code has no sum of its own to begin at, or sums leave 31 bits, the definition is followed step by step.
+    coarse = (m >> 20).astype(np.int32)
+    conv = _kernels.OneConv(isa, "dense", (1, 64), w, (1, 1), (0, 0), 1, np.zeros(1, np.int16), coarse, 20, b >> 20, (0, 63))
+    y = ops.conv(x[None, None], w, (1, 1), (0, 0), 1, np.zeros(1, np.int16), coarse, 20, b >> 20)[0, 0]
+    conv(x, (0, 1), None, None, [(q, 40, lo, hi, codes)])
+    expected = ops.quantize(y[None, None], q, 40, lo, hi, "s8" if lo < 0 else "u8")[0, 0]
+    np.testing.assert_array_equal(codes.view(expected.dtype), expected)
+
+
 def spikes_or_counts(rng: np.random.Generator, shape: tuple[int, ...], most: int) -> np.ndarray:
     density = rng.choice([0.0, 0.15, 0.5, 1.0, -1.0])
     return draw(rng, shape, None if density < 0 else density, 0, min(most, int(rng.choice([1, 1, 4, 255]))))

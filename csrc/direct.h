@@ -1,0 +1,23 @@
+// From a sum to a code in one multiplication of 32 bits, where two of 64 bits, each with a rounding, define it.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+
+namespace bitspike {
+
+// The numbers of a Direct and their owner. Empty (`get` gives nullptr) where no multiplication does.
+class DirectCodes {
+ public:
+  DirectCodes() = default;
+  // From the sums of `c` to the codes of `q`, with nothing between them.
+  DirectCodes(const Conv& c, const Quantizer& q);
+  const Direct* get() const { return numbers_ ? &direct_ : nullptr; }
+
+ private:
+  std::shared_ptr<std::vector<int32_t>> numbers_;
+  Direct direct_{};
+};
+
+}  // namespace bitspike
