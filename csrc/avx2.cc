@@ -267,6 +267,7 @@ struct Avx2 {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_add_epi16(_mm256_loadu_si256(
           reinterpret_cast<const __m256i*>(from + i)), offset));
   }
+  static I32 plus_one_above(I32 v, I32 a, I32 b) { return _mm256_sub_epi32(v, _mm256_cmpgt_epi32(a, b)); }
   static I32 more(I32 a, I32 b) { return _mm256_cmpgt_epi32(a, b); }
   static I32 not_(I32 a) { return _mm256_xor_si256(a, _mm256_set1_epi32(-1)); }
   static I32 and_(I32 a, I32 b) { return _mm256_and_si256(a, b); }

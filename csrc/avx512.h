@@ -248,6 +248,9 @@ struct Avx512 {
       i += 32;
     } while (i < n);
   }
+  static I32 plus_one_above(I32 v, I32 a, I32 b) {  // v + (a > b)
+    return _mm512_mask_add_epi32(v, _mm512_cmpgt_epi32_mask(a, b), v, _mm512_set1_epi32(1));
+  }
   static I32 more(I32 a, I32 b) { return _mm512_movm_epi32(_mm512_cmpgt_epi32_mask(a, b)); }
   static I32 not_(I32 a) { return _mm512_xor_si512(a, _mm512_set1_epi32(-1)); }
   static I32 and_(I32 a, I32 b) { return _mm512_and_si512(a, b); }

@@ -2,6 +2,7 @@
 // over the primitives `V` of tiles.h. A quantizer is brought into the cheapest form that is exact:
 //
 //   small   one positive m <= 2^(s-1): x is clipped to where the code still changes, so 32-bit products suffice
+//   steps   one positive m, at most kMostSteps codes above the lowest: how many limits x is above
 //   fits    |m| < 2^s: the rounded product fits into 32 bits for every x, so nothing saturates before the clip
 //   any     products and saturation in 64 bits
 #pragma once
@@ -15,15 +16,18 @@ namespace {
 inline int at_most(int a, int b) { return a < b ? a : b; }
 inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
+constexpr int kMostSteps = 4;
+
 template <class V>
 struct QuantizeVector {
-  enum class Form { small, fits, any } form = Form::any;
+  enum class Form { small, steps, fits, any } form = Form::any;
   const int32_t* m;
   bool per_channel;
   int32_t lo, hi;
   // small: clip to first..last, times `factor` unless it is 1, plus half, shifted right by `shift`
   int32_t first = 0, last = 0, factor = 1, half = 0;
   int shift = 0;
+  int32_t limit[kMostSteps];  // steps
   typename V::Scale scale;
   typename V::Factor one;
 
@@ -37,7 +41,11 @@ struct QuantizeVector {
     if (q.shift >= 32 || most < int64_t{1} << q.shift) form = Form::fits;
     const int64_t largest = hi > -int64_t{lo} ? hi : -int64_t{lo};
     const bool fits32 = q.shift >= 1 && q.shift <= 30 && ((largest + 1) << q.shift) + 2 * most < INT32_MAX;
-    if (per_channel || m[0] <= 0 || !fits32 || most > int64_t{1} << (q.shift - 1)) return;
+    if (per_channel || m[0] <= 0) return;
+    if (!fits32 || most > int64_t{1} << (q.shift - 1)) {
+      if (find_limits(q)) form = Form::steps;
+      return;
+    }
     form = Form::small;
     factor = m[0], shift = q.shift;
     while (factor % 2 == 0 && shift > 1) factor /= 2, --shift;  // rshift(x * 2m, s + 1) = rshift(x * m, s) for s > 0
@@ -47,12 +55,30 @@ struct QuantizeVector {
     first = static_cast<int32_t>(bottom / factor - (bottom % factor < 0));  // floor: its code is lo
   }
 
+  // x has code n or more if x * m + half >= n * 2^shift.
+  bool find_limits(const Quantizer& q) {
+    if (q.shift > 54 || hi - lo > kMostSteps || hi > 255 || lo < -255) return false;
+    const int64_t one_code = int64_t{1} << q.shift, rounding = q.shift > 0 ? one_code / 2 : 0;
+    for (int k = 0; k < kMostSteps; ++k) {
+      const int64_t needed = (lo + k + 1) * one_code - rounding;
+      const int64_t least = needed / m[0] + (needed % m[0] > 0);  // ceil
+      if (least <= INT32_MIN) return false;
+      limit[k] = lo + k + 1 > hi || least > INT32_MAX ? INT32_MAX : static_cast<int32_t>(least - 1);
+    }
+    return true;
+  }
+
   template <Form kForm>
   typename V::I32 apply(typename V::I32 x, size_t channel, int lanes) const {
     if (kForm == Form::small) {
       x = V::clip(x, first, last);
       if (factor != 1) x = V::multiply(x, V::splat(factor));
       return V::shift_right(V::add(x, V::splat(half)), shift);
+    }
+    if (kForm == Form::steps) {
+      typename V::I32 code = V::splat(lo);
+      for (const int32_t l : limit) code = V::plus_one_above(code, x, V::splat(l));
+      return code;
     }
     const typename V::Factor f = per_channel ? V::factor(m + channel, lanes) : one;
     if (kForm == Form::fits) return V::clip(V::requant_fits(x, f, scale), lo, hi);
@@ -61,6 +87,7 @@ struct QuantizeVector {
 
   typename V::I32 operator()(typename V::I32 x, size_t channel, int lanes) const {
     if (form == Form::small) return apply<Form::small>(x, channel, lanes);
+    if (form == Form::steps) return apply<Form::steps>(x, channel, lanes);
     if (form == Form::fits) return apply<Form::fits>(x, channel, lanes);
     return apply<Form::any>(x, channel, lanes);
   }
@@ -130,17 +157,21 @@ void with_finish(const Epilogue& e, size_t channels, bool fits, Body body) {
   if (e.direct) return body(FinishDirect<V>{*e.direct, e.codes[0]});
   if (!fits || e.codes[1]) return body(FinishAny<V>(e, channels));
   const QuantizeVector<V> q(used_quantizer(e, 0), channels);
-  constexpr int kSmall = static_cast<int>(Form::small), kFits = static_cast<int>(Form::fits);
-  const bool small = q.form == Form::small;
+  constexpr int kSmall = static_cast<int>(Form::small), kSteps = static_cast<int>(Form::steps), kFits = static_cast<int>(Form::fits);
+  const bool small = q.form == Form::small, steps = q.form == Form::steps;
   if (!e.codes[0]) {
     if (!e.residual && e.out) return body(FinishUsual<V, false, true, false, 0>(e, q));
     if (e.residual && e.out) return body(FinishUsual<V, true, true, false, 0>(e, q));
   } else if (!e.residual && !e.out) {
     if (small) return body(FinishUsual<V, false, false, true, kSmall>(e, q));
+    if (steps) return body(FinishUsual<V, false, false, true, kSteps>(e, q));
     if (q.form == Form::fits) return body(FinishUsual<V, false, false, true, kFits>(e, q));
   } else if (small && e.out) {
     if (e.residual) return body(FinishUsual<V, true, true, true, kSmall>(e, q));
     return body(FinishUsual<V, false, true, true, kSmall>(e, q));
+  } else if (steps && e.out) {
+    if (e.residual) return body(FinishUsual<V, true, true, true, kSteps>(e, q));
+    return body(FinishUsual<V, false, true, true, kSteps>(e, q));
   }
   body(FinishAny<V>(e, channels));
 }

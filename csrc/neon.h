@@ -171,6 +171,7 @@ struct Neon : NeonCodes<kDot> {
   static I32 shift_right_zero(I32 a, int n) {
     return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a), vdupq_n_s32(-n)));
   }
+  static I32 plus_one_above(I32 v, I32 a, I32 b) { return vsubq_s32(v, vreinterpretq_s32_u32(vcgtq_s32(a, b))); }
   static I32 more(I32 a, I32 b) { return vreinterpretq_s32_u32(vcgtq_s32(a, b)); }
   static I32 not_(I32 a) { return vmvnq_s32(a); }
   static I32 and_(I32 a, I32 b) { return vandq_s32(a, b); }
