@@ -214,10 +214,16 @@ struct EventsFinish {
   const int o, outputs;
 
   void operator()(const typename V::I32* acc, size_t y) const {
-    for (int i = 0, at = o; i < 4 * N && at < outputs; ++i, at += V::kLanes) {
+    const auto some = [&](int i, int lanes) {
+      const int at = o + i * V::kLanes;
       const Requantize<V, Finish> requantize(write, at, m + at, b + at);
-      write(y + at, at, at_most(outputs - at, V::kLanes), requantize(acc[i], scale));
+      write(y + at, at, lanes, requantize(acc[i], scale));
+    };
+    if (o + 4 * N * V::kLanes <= outputs) {  // nearly always, with a number that the compiler knows
+      for (int i = 0; i < 4 * N; ++i) some(i, V::kLanes);
+      return;
     }
+    for (int i = 0; i < 4 * N && o + i * V::kLanes < outputs; ++i) some(i, at_most(outputs - o - i * V::kLanes, V::kLanes));
   }
 };
 

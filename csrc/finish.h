@@ -143,7 +143,7 @@ struct FinishUsual {
 template <class V>
 struct FinishDirect {
   static constexpr bool kFits = true, kDirect = true;
-  const Direct& direct;
+  const Direct direct;  // a copy, for the compiler to know that no code that is stored changes it
   uint8_t* codes;
 
   void operator()(size_t i, size_t, int lanes, typename V::I32 code) const { V::store_codes(codes + i, code, lanes); }
