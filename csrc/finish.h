@@ -10,6 +10,14 @@
 
 #include "kernels.h"
 
+#ifdef _MSC_VER
+#define BITSPIKE_INLINE __forceinline
+#define BITSPIKE_NOINLINE __declspec(noinline)
+#else
+#define BITSPIKE_INLINE inline __attribute__((always_inline))
+#define BITSPIKE_NOINLINE __attribute__((noinline))
+#endif
+
 namespace bitspike {
 namespace {
 

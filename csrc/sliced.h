@@ -21,12 +21,6 @@ namespace {
 constexpr int kCountPlanes = 16;
 
 // Planes live in registers, so what works on them must not become a call.
-#ifdef _MSC_VER
-#define BITSPIKE_INLINE __forceinline
-#else
-#define BITSPIKE_INLINE inline __attribute__((always_inline))
-#endif
-
 // What lists are made for: whole windows, or their columns.
 inline Conv listed_windows(const Conv& c, bool across) {
   Conv column = c;

@@ -122,21 +122,22 @@ void pad_rows(const Conv& c, const uint8_t* image, int first, int rows, int chan
   memset(to, 0, kSlack * sizeof(T));
 }
 
-// kPixels x (N * kLanes) outputs. x: the first code of each pixel's window; `row` codes between rows of the window.
-template <class V, int N, class Finish>
-void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* const* x, size_t row, int first, int c_first,
-                int pixels, const size_t* y, const Finish& write) {
+// The sums of kPixels windows x (N * kLanes) outputs, [kPixels][N][kLanes]. x: the first code of each window; `row` codes between rows
+// of the window; `block` weights between vectors of outputs, outputs / start likewise. A function of its own, for its accumulators and
+// pointers to have a register each whatever follows.
+template <class V, int N>
+BITSPIKE_NOINLINE void tile_sums(const typename V::Code* const* x, size_t row, int kernel_h, size_t steps, const typename V::Weight* w,
+                                 size_t block, const int32_t* start, int32_t* sums) {
   typename V::I32 acc[V::kPixels][N];
   for (int n = 0; n < N; ++n) {
-    const typename V::I32 start = V::load(p.start + first + n * V::kLanes);
-    for (int i = 0; i < V::kPixels; ++i) acc[i][n] = start;
+    const typename V::I32 first = V::load(start + n * V::kLanes);
+    for (int i = 0; i < V::kPixels; ++i) acc[i][n] = first;
   }
-  const typename V::Weight* w = p.weight + first / V::kLanes * p.block;
   const typename V::Code *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3], *x4 = x[4], *x5 = x[5], *x6 = x[6], *x7 = x[7];
-  for (int ky = 0; ky < c.kernel_h; ++ky) {
-    for (size_t k = 0; k < p.steps * V::kUnit; w += V::kLanes * V::kUnit) {
+  for (int ky = 0; ky < kernel_h; ++ky) {
+    for (size_t k = 0; k < steps * V::kUnit; w += V::kLanes * V::kUnit) {
       typename V::I32 packed[N], weights[N];
-      for (int n = 0; n < N; ++n) packed[n] = V::load_weights(w + n * p.block);
+      for (int n = 0; n < N; ++n) packed[n] = V::load_weights(w + n * block);
       for (int field = 0; field < V::kFields; ++field, k += V::kUnit) {
         for (int n = 0; n < N; ++n) weights[n] = V::unpack(packed[n], field);
         const auto pixel = [&](typename V::I32* a, const typename V::Code* from) {
@@ -149,13 +150,30 @@ void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* cons
     }
     x0 += row, x1 += row, x2 += row, x3 += row, x4 += row, x5 += row, x6 += row, x7 += row;
   }
+  const auto put = [&](const typename V::I32* a) {
+    for (int n = 0; n < N; ++n, sums += V::kLanes) V::store(sums, a[n], V::kLanes);
+  };
+  put(acc[0]), put(acc[1]), put(acc[2]), put(acc[3]);
+  if constexpr (V::kPixels > 4) put(acc[4]), put(acc[5]), put(acc[6]), put(acc[7]);
+}
+
+// kPixels x (N * kLanes) outputs.
+template <class V, int N, class Finish>
+void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* const* x, size_t row, int first, int c_first,
+                int pixels, const size_t* y, const Finish& write) {
+  alignas(64) int32_t sums[V::kPixels * N * V::kLanes];
+  tile_sums<V, N>(x, row, c.kernel_h, p.steps, p.weight + first / V::kLanes * p.block, p.block, p.start + first, sums);
   const int outputs = c.group_outputs();
   const typename V::Scale scale(c.shift);
   for (int n = 0; n < N; ++n) {
-    const int o = first + n * V::kLanes, lanes = at_most(outputs - o, V::kLanes);
+    const int o = first + n * V::kLanes;
     const Requantize<V, Finish> requantize(write, c_first + o, p.m + o, p.b + o);
-    for (int i = 0; i < V::kPixels; ++i)
-      if (i < pixels) write(y[i] + o, c_first + o, lanes, requantize(V::unscale(acc[i][n]), scale));
+    const auto all = [&](int lanes) {
+      for (int i = 0; i < pixels; ++i)
+        write(y[i] + o, c_first + o, lanes, requantize(V::unscale(V::load(sums + (i * N + n) * V::kLanes)), scale));
+    };
+    if (outputs - o >= V::kLanes) all(V::kLanes);  // a number that the compiler knows
+    else all(outputs - o);
   }
 }
 

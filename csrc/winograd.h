@@ -20,12 +20,6 @@
 namespace bitspike {
 namespace {
 
-#ifdef _MSC_VER
-#define KERNEL_NOINLINE __declspec(noinline)
-#else
-#define KERNEL_NOINLINE __attribute__((noinline))
-#endif
-
 constexpr int kPlaces = 16;                       // products of a tile of 2x2 outputs
 constexpr size_t kWinogradBytes = 256 << 10;      // of transformed codes at a time: a quarter of a second-level cache
 constexpr size_t kMostTiles = 64;
@@ -178,16 +172,16 @@ void transform_columns(const Code* __restrict d, size_t channels, int plain, int
   }
 }
 
-// Where the outputs of a chunk of tiles go: tiles are numbered row by row.
-struct WinogradOutputs {
-  size_t tiles_x, first;  // of the chunk
-  int width, rows, outputs;
+// Where the outputs of a tile go: the first one's element, and whether those below and to the right exist.
+struct WinogradTile {
+  size_t at;
+  bool down, right;
 };
 
 // The sums over `count` codes at one place for kPixels tiles, `tile` codes apart, x N vectors of outputs, `vector` weights apart. A function
 // of its own, for all its pointers to have a register each.
 template <class V, int N>
-KERNEL_NOINLINE void winograd_place(const typename V::Code* x, size_t tile, size_t count, const typename V::Weight* w, size_t vector,
+BITSPIKE_NOINLINE void winograd_place(const typename V::Code* x, size_t tile, size_t count, const typename V::Weight* w, size_t vector,
                                     const int32_t* start, int32_t* sums) {
   using I32 = typename V::I32;
   I32 acc[V::kPixels][N];
@@ -217,7 +211,7 @@ KERNEL_NOINLINE void winograd_place(const typename V::Code* x, size_t tile, size
 // kPixels tiles x N vectors of outputs: products, sums over the channels, A on both sides, epilogue.
 template <class V, int N, class Finish>
 void winograd_block(const Conv& c, const WinogradPacking<V>& p, const WinogradScratch<V>& s, size_t block, size_t count,
-                    size_t vector, const WinogradOutputs& out, const typename V::Scale& scale, const Finish& write) {
+                    size_t vector, const WinogradTile* tiles, const typename V::Scale& scale, const Finish& write) {
   using I32 = typename V::I32;
   constexpr size_t kLanes = V::kLanes;
   const typename V::Code* x = s.tile(block);
@@ -228,27 +222,30 @@ void winograd_block(const Conv& c, const WinogradPacking<V>& p, const WinogradSc
                          start + place * kLanes, s.sums + place * V::kPixels * N * kLanes);
   constexpr size_t kPlaceStep = V::kPixels * N * kLanes;
   for (int n = 0; n < N; ++n) {
-    const int o = static_cast<int>(vector + n) * V::kLanes, lanes = at_most(out.outputs - o, V::kLanes);
+    const int o = static_cast<int>(vector + n) * V::kLanes;
     const Requantize<V, Finish> requantize(write, o, p.m + o, p.b + o);
-    for (size_t i = 0; i < count; ++i) {
-      const int32_t* from = s.sums + (i * N + n) * kLanes;
-      I32 half[2][4];
-      for (int j = 0; j < 4; ++j) {
-        const auto at = [&](int row) { return V::load(from + (4 * row + j) * kPlaceStep); };
-        const I32 one = at(1), two = at(2);
-        half[0][j] = V::add(at(0), V::add(one, two));
-        half[1][j] = V::sub(V::sub(one, two), at(3));
+    const auto all = [&](int lanes) {
+      for (size_t i = 0; i < count; ++i) {
+        const int32_t* from = s.sums + (i * N + n) * kLanes;
+        I32 half[2][4];
+        for (int j = 0; j < 4; ++j) {
+          const auto at = [&](int row) { return V::load(from + (4 * row + j) * kPlaceStep); };
+          const I32 one = at(1), two = at(2);
+          half[0][j] = V::add(at(0), V::add(one, two));
+          half[1][j] = V::sub(V::sub(one, two), at(3));
+        }
+        const WinogradTile tile = tiles[i];
+        const auto row = [&](const I32* h, size_t to) {
+          const I32 left = V::add(h[0], V::add(h[1], h[2])), right = V::sub(V::sub(h[1], h[2]), h[3]);
+          write(to, o, lanes, requantize(V::shift_right(left, 2), scale));
+          if (tile.right) write(to + c.outputs, o, lanes, requantize(V::shift_right(right, 2), scale));
+        };
+        row(half[0], tile.at + o);
+        if (tile.down) row(half[1], tile.at + o + static_cast<size_t>(c.out_width) * c.outputs);
       }
-      const size_t number = out.first + block + i;
-      const int y = static_cast<int>(number / out.tiles_x) * 2, column = static_cast<int>(number % out.tiles_x) * 2;
-      for (int dy = 0; dy < 2 && y + dy < out.rows; ++dy) {
-        const I32* h = half[dy];
-        const size_t to = (static_cast<size_t>(y + dy) * out.width + column) * out.outputs + o;
-        const I32 left = V::add(h[0], V::add(h[1], h[2])), right = V::sub(V::sub(h[1], h[2]), h[3]);
-        write(to, o, lanes, requantize(V::shift_right(left, 2), scale));
-        if (column + 1 < out.width) write(to + out.outputs, o, lanes, requantize(V::shift_right(right, 2), scale));
-      }
-    }
+    };
+    if (c.outputs - o >= V::kLanes) all(V::kLanes);  // a number that the compiler knows
+    else all(c.outputs - o);
   }
 }
 
@@ -259,6 +256,7 @@ void winograd_rows(const Conv& c, const WinogradPacking<V>& p, const uint8_t* im
   const typename V::Scale scale(c.shift);
   const int rows = row1 - row0, top = row0 - c.pad_h;
   const size_t tiles_x = (static_cast<size_t>(c.out_width) + 1) / 2, all = tiles_x * ((rows + 1) / 2);
+  WinogradTile tiles[kMostTiles];
   int begun = -1, padded = 0;  // the row of tiles whose halves are there, rows of the image that are
   for (size_t first = 0; first < all; first += s.tiles) {
     const size_t count = all - first < s.tiles ? all - first : s.tiles;
@@ -271,20 +269,20 @@ void winograd_rows(const Conv& c, const WinogradPacking<V>& p, const uint8_t* im
         transform_rows(row(0), row(1), row(2), row(3), s.row, s.halves);
       }
       const size_t x = (first + t) % tiles_x * 2;
+      tiles[t] = {(2 * static_cast<size_t>(ty) * c.out_width + x) * c.outputs, 2 * ty + 1 < rows, x + 1 < static_cast<size_t>(c.out_width)};
       typename V::Code* const to = s.tile(t);
       for (int i = 0; i < 4; ++i)
         transform_columns(s.halves + i * s.row + x * c.channels, c.channels, winograd_offset<V>(4 * i),
                           winograd_offset<V>(4 * i + 1), to + 4 * i * s.place, s.place);
     }
-    const WinogradOutputs out{tiles_x, first, c.out_width, rows, c.outputs};
     for (size_t vector = 0; vector < p.vectors;) {
       const size_t left = p.vectors - vector;
       const size_t n = left == 4 ? 2 : left < V::kVectors ? left : V::kVectors;  // 4 are better split 2 + 2 than 3 + 1
       for (size_t block = 0; block < count; block += V::kPixels) {
         const size_t some = count - block < V::kPixels ? count - block : V::kPixels;
-        if (V::kVectors == 3 && n == 3) winograd_block<V, V::kVectors>(c, p, s, block, some, vector, out, scale, write);
-        else if (n == 2) winograd_block<V, 2>(c, p, s, block, some, vector, out, scale, write);
-        else winograd_block<V, 1>(c, p, s, block, some, vector, out, scale, write);
+        if (V::kVectors == 3 && n == 3) winograd_block<V, V::kVectors>(c, p, s, block, some, vector, tiles + block, scale, write);
+        else if (n == 2) winograd_block<V, 2>(c, p, s, block, some, vector, tiles + block, scale, write);
+        else winograd_block<V, 1>(c, p, s, block, some, vector, tiles + block, scale, write);
       }
       vector += n;
     }
