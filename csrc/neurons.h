@@ -45,7 +45,7 @@ struct ShrinkSmall {
   ShrinkSmall(int32_t m, int s)
       : a(V::splat(m >> 16)), b(V::splat(m & 0xffff)), round(V::splat(s < 1 || s > 46 ? 0 : 1 << (s > 16 ? s - 17 : s - 1))),
         down(s > 16 ? s - 16 : s), up(s > 16 ? -1 : 16 - s) {}
-  I32 operator()(I32 x) const {
+  BITSPIKE_INLINE I32 operator()(I32 x) const {
     const I32 high = V::multiply(x, a), low = V::multiply(x, b);
     if (up >= 0) return V::add(V::shift_left(high, up), V::shift_right(V::add(low, round), down));
     return V::shift_right(V::add(V::add(high, V::shift_right(low, 16)), round), down);
@@ -58,7 +58,7 @@ struct Store {
   using I32 = typename V::I32;
   const PackedLif& p;
 
-  I32 operator()(I32 v) const {
+  BITSPIKE_INLINE I32 operator()(I32 v) const {
     if (!p.buckets) {
       I32 code = V::splat(p.entries - p.entries / 2);
       for (int e = 0; e < p.entries; ++e) code = V::add(code, V::more(V::splat(p.table[e]), v));  // -1 if above
