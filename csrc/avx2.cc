@@ -30,6 +30,19 @@ struct Avx2 {
   static uint32_t start(int8_t w, int32_t offset) { return 0u - static_cast<uint32_t>(w * offset); }
   static I32 unpack(I32 packed, int) { return packed; }
   static I32 unscale(I32 acc) { return acc; }
+  // Depthwise convolution in 16 bits: depthwise_pairs.h.
+  static constexpr bool kPairs = true;
+  static void store_bytes(uint8_t* p, I32 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static I32 side_by_side_low(I32 a, I32 b) { return _mm256_unpacklo_epi8(a, b); }
+  static I32 side_by_side_high(I32 a, I32 b) { return _mm256_unpackhi_epi8(a, b); }
+  static I32 multiply_pairs(I32 codes, I32 weights) { return _mm256_maddubs_epi16(codes, weights); }
+  static I32 add16(I32 a, I32 b) { return _mm256_add_epi16(a, b); }
+  // Every 16 bytes of `low` are followed by those of `high`.
+  static void store_in_order(int16_t* p, I32 low, I32 high) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute2x128_si256(low, high, 0x20));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm256_permute2x128_si256(low, high, 0x31));
+  }
+  static I32 widen_s16(const int16_t* p) { return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static I32 xor_(I32 a, I32 b) { return _mm256_xor_si256(a, b); }
   static I32 shift_left_each(I32 a, I32 n) { return _mm256_sllv_epi32(a, n); }
   template <int kBits>

@@ -184,6 +184,19 @@ struct Avx512 {
   static void flush8_unsigned(I32* acc, I32 part) {
     for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], part, _mm512_set1_epi32(kTimes << 8 * j));
   }
+  // Depthwise convolution in 16 bits: depthwise_pairs.h.
+  static constexpr bool kPairs = true;
+  static void store_bytes(uint8_t* p, I32 v) { _mm512_storeu_si512(p, v); }
+  static I32 side_by_side_low(I32 a, I32 b) { return _mm512_unpacklo_epi8(a, b); }
+  static I32 side_by_side_high(I32 a, I32 b) { return _mm512_unpackhi_epi8(a, b); }
+  static I32 multiply_pairs(I32 codes, I32 weights) { return _mm512_maddubs_epi16(codes, weights); }
+  static I32 add16(I32 a, I32 b) { return _mm512_add_epi16(a, b); }
+  // Every 16 bytes of `low` are followed by those of `high`.
+  static void store_in_order(int16_t* p, I32 low, I32 high) {
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high));
+    _mm512_storeu_si512(p + 32, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high));
+  }
+  static I32 widen_s16(const int16_t* p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static constexpr bool kCarrySave = true;
   static I32 majority(I32 a, I32 b, I32 c) { return _mm512_ternarylogic_epi32(a, b, c, 0xe8); }
   static I32 parity(I32 a, I32 b, I32 c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }

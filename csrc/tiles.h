@@ -14,6 +14,7 @@
 // copy a lesser CPU cannot run.
 #pragma once
 #include "depthwise.h"
+#include "depthwise_pairs.h"
 
 namespace bitspike {
 namespace {
@@ -243,25 +244,40 @@ void conv_tiles(const Conv& c, const void* packed, const void* image, int row0, 
   count_nonzero<V>(e, static_cast<size_t>(row1 - row0) * c.out_width * c.outputs);
 }
 
-// Variant::dense is the one that takes depthwise convolutions too.
-template <class V>
-constexpr ConvKernel dense_kernel() {
-  return {[](const Conv&) { return true; },
-          [](const Conv& c) {
-            return c.depthwise() ? DepthwisePacking<V>(c, nullptr).bytes() : tiles_packed_bytes<V>(c);
-          },
-          [](const Conv& c, void* packed) { c.depthwise() ? depthwise_pack<V>(c, packed) : tiles_pack<V>(c, packed); },
-          [](const Conv& c, int rows) {
-            return c.depthwise() ? depthwise_scratch_bytes<V>(c) : tiles_scratch_bytes<V>(c, rows);
-          },
-          [](const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e, void* scratch) {
-            (c.depthwise() ? conv_depthwise<V> : conv_tiles<V>)(c, packed, image, row0, row1, e, scratch);
-          }};
-}
-
 template <class V>
 constexpr ConvKernel tiles_kernel(bool (*supported)(const Conv&)) {
   return {supported, tiles_packed_bytes<V>, tiles_pack<V>, tiles_scratch_bytes<V>, conv_tiles<V>};
+}
+
+template <class V>
+constexpr ConvKernel pairs_kernel() {
+  return {nullptr, [](const Conv& c) { return PairPacking<V>(c, nullptr).bytes; }, pairs_pack<V>,
+          [](const Conv& c, int) { return PairScratch<V>(c, nullptr).bytes; }, conv_pairs<V>};
+}
+
+template <class V>
+constexpr ConvKernel depthwise_kernel() {
+  return {nullptr, [](const Conv& c) { return DepthwisePacking<V>(c, nullptr).bytes(); }, depthwise_pack<V>,
+          [](const Conv& c, int) { return depthwise_scratch_bytes<V>(c); }, conv_depthwise<V>};
+}
+
+// The ways of Variant::dense, which takes depthwise convolutions too.
+template <class V>
+ConvKernel dense_way(const Conv& c) {
+  if (!c.depthwise()) return tiles_kernel<V>(nullptr);
+  if constexpr (V::kPairs)
+    if (pairs_fit<V>(c)) return pairs_kernel<V>();
+  return depthwise_kernel<V>();
+}
+
+template <class V>
+constexpr ConvKernel dense_kernel() {
+  return {[](const Conv&) { return true; }, [](const Conv& c) { return dense_way<V>(c).packed_bytes(c); },
+          [](const Conv& c, void* packed) { dense_way<V>(c).pack(c, packed); },
+          [](const Conv& c, int rows) { return dense_way<V>(c).scratch_bytes(c, rows); },
+          [](const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e, void* scratch) {
+            dense_way<V>(c).run(c, packed, image, row0, row1, e, scratch);
+          }};
 }
 
 // Variant::narrow: V::Narrow<2> and V::Narrow<4> hold weights of so many bits.
