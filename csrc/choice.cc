@@ -44,9 +44,9 @@ double cost_ns(const Kernels& k, const Conv& c, Variant v, float load) {
   const Cost& rate = all.of[static_cast<int>(v)];
   const double outputs = double(c.out_height) * c.out_width * c.outputs;
   const double taps = double(c.kernel_h) * c.kernel_w * c.group_channels();
-  // Winograd: 16 for every tile of 2x2 outputs.
-  const double tiles = double((c.out_height + 1) / 2) * ((c.out_width + 1) / 2);
-  const double products = v == Variant::winograd ? 16 * tiles * c.outputs * c.channels : outputs * taps, read = double(c.out_height) * c.out_width * taps * c.groups;
+  // Winograd: 16 for every tile of 2x2 outputs, 24 for one of 2x4.
+  const double tiles = double((c.out_height + 1) / 2) * (c.wide_tiles ? (c.out_width + 3) / 4 * 24 : (c.out_width + 1) / 2 * 16);
+  const double products = v == Variant::winograd ? tiles * c.outputs * c.channels : outputs * taps, read = double(c.out_height) * c.out_width * taps * c.groups;
   const int planes = v == Variant::popcount ? c.bit_planes() : 1;
   const bool own = std::strcmp(all.name, k.name) == 0;  // of another set only the ratios are borrowed
   const bool sliced = v == Variant::sliced;

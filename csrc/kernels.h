@@ -32,6 +32,7 @@ struct Conv {
   // What describe_weights found; the variants decide by it.
   int weight_lo, weight_hi;              // smallest and largest weight
   bool weight_pow2, weight_bipolar;      // every weight is 0 or +-2^e; every weight is -1 or +1
+  bool wide_tiles;                       // winograd, if supported, can make 2x4 outputs at a time (winograd.h)
 
   int group_channels() const { return channels / groups; }
   int group_outputs() const { return outputs / groups; }
@@ -43,7 +44,7 @@ struct Conv {
   }
 };
 
-// Fills weight_lo .. weight_bipolar from `weight`. Call it once, before anything else sees the Conv.
+// Fills weight_lo .. wide_tiles from `weight`. Call it once, before anything else sees the Conv.
 void describe_weights(Conv&);
 
 // y = clip(rshift(x * m[c], s), lo, hi): a neuron without memory, or the codes of an inner activation. u8 and s8 differ

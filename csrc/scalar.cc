@@ -1,6 +1,8 @@
 // The compiled definition of correct. No cleverness here: loops in the order of the equations.
 #include <string.h>
 
+#include <initializer_list>
+
 #include "integers.h"
 #include "kernels.h"
 
@@ -276,6 +278,27 @@ void scalar_lookup(const uint8_t* x, size_t rows, size_t channels, const int8_t*
     for (size_t c = 0; c < channels; ++c) y[r * channels + c] = table[c * 256 + x[r * channels + c]];
 }
 
+// The largest weight of a wide tile of winograd, 3x3 weights.
+static int largest_wide(const Conv& c) {
+  if (21 * (c.weight_hi > -c.weight_lo ? c.weight_hi : -c.weight_lo) <= 127) return 127;
+  int largest = 0;
+  for (int o = 0; o < c.outputs; ++o)
+    for (int i = 0; i < c.channels; ++i) {
+      const int8_t* g = c.weight + static_cast<size_t>(o) * 9 * c.channels + i;
+      for (const int sign : {1, -1}) {  // 1, +-1, 1 along columns (2 0 0 is less), and 1, +-2, 4 along rows
+        int k[3];
+        for (int x = 0; x < 3; ++x) k[x] = g[x * c.channels] + sign * g[(3 + x) * c.channels] + g[(6 + x) * c.channels];
+        for (const int u : {k[0] + 2 * k[1] + 4 * k[2], k[0] - 2 * k[1] + 4 * k[2]}) largest = u > largest ? u : -u > largest ? -u : largest;
+      }
+      for (const int row : {0, 6})
+        for (const int s : {2, -2}) {
+          const int u = 2 * (g[row * c.channels] + s * g[(row + 1) * c.channels] + 4 * g[(row + 2) * c.channels]);
+          largest = u > largest ? u : -u > largest ? -u : largest;
+        }
+    }
+  return largest;
+}
+
 void describe_weights(Conv& c) {
   const size_t count = static_cast<size_t>(c.outputs) * c.kernel_h * c.kernel_w * c.group_channels();
   bool seen[256] = {};
@@ -290,6 +313,7 @@ void describe_weights(Conv& c) {
     if (size & (size - 1)) c.weight_pow2 = false;
     if (size != 1) c.weight_bipolar = false;
   }
+  c.wide_tiles = may_support(Variant::winograd, c) && c.hi <= 7 && largest_wide(c) <= 127;
 }
 
 const char* variant_name(Variant v) {

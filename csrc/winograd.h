@@ -1,33 +1,107 @@
-// Convolution of 3x3, stride 1, by Winograd's F(2x2, 3x3): 16 products where four outputs have 36, and no rounding, because
-// everything stays whole.
+// Convolution of 3x3, stride 1, with fewer products than outputs and weights ask for: Winograd's F(2, 3) along columns, and F(2, 3) or
+// F(4, 3) along rows. 16 products where four outputs have 36, or 24 where eight have 72; and no rounding, because everything stays
+// whole: with factors f that clear the fractions,
 //
-//   Y = A (U . V) A^T / 4,   U = (2 G) g (2 G)^T,   V = B d B^T,   d: 4x4 codes, g: 3x3 weights, Y: 2x2 sums
+//   f Y = A' (U . V) A,   U = G' g G,   V = B' d B      d: codes, g: weights, Y: sums of a tile, all of them integers
 //
-//   2 G = 2 0 0    B = 1 0 -1  0    A = 1 1  1  0
-//         1 1 1        0 1  1  0        0 1 -1 -1
-//         1 -1 1       0 -1 1  0
-//         0 0 2        0 1  0 -1
+//   F(2, 3): 2 G = 2 0  0    B' = 1  0 -1  0    A' = 1 1  1  0         F(4, 3): B' = 4  0 -5  0  1  0    G = 1  0 0 / 4
+//                  1 1  1         0  1  1  0         0 1 -1 -1                      0 -4 -4  1  1  0        1  1 1 / -6
+//                  1 -1 1         0 -1  1  0                                        0  4 -4 -1  1  0        1 -1 1 / -6
+//                  0 0  2         0  1  0 -1                                        0 -2 -1  2  1  0        1  2 4 / 24
+//                                                                                   0  2 -1 -2  1  0        1 -2 4 / 24
+//   A' of F(4, 3): 1 1 1 1 1 0, 0 1 -1 2 -2 0, 0 1 1 4 4 0, 0 1 -1 8 -8 1           0  4  0 -5  0  1        0  0 1
 //
-// U is at most 9 times the largest weight, which must fit into 8 bits, so weights lie in -14..14. V is a sum or difference of two
-// codes less one of two, or, at place (1, 1), the sum of four codes: with codes up to 63 the former lie in -126..126, the latter in
-// 0..252, and become what V::dot takes by the offsets of signed and of unsigned codes. The sum over channels is 4 Y after A on both
-// sides, without a remainder; its size is bounded in winograd_supported.
+// Bounds. U must fit into 8 bits: F(2, 3) twice makes at most 9 times the largest weight of it, so weights lie in -14..14; the other
+// way at most 21 times, but describe_weights looks at the weights themselves. V must fit into 8 bits: the sum or difference of two codes
+// less one of two lies in -126..126 for codes up to 63, at place (1, 1) the sum of four in 0..252; F(4, 3) along rows makes
+// -16 hi .. 10 hi of sums, so codes up to 7. Offsets of signed and of unsigned codes make of them what V::dot takes. Sums over
+// channels are 4 Y, or 48, 24 and 12 Y, after A on both sides, without a remainder; may_support bounds them.
 //
-// Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2015, section 4.1 (with rows 2 and 3 of B as there).
+// Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2015, sections 4.1 and 4.2 (with row 2 of B' of F(2, 3) as there).
 #pragma once
 #include "finish.h"
 
 namespace bitspike {
 namespace {
 
-constexpr int kPlaces = 16;                       // products of a tile of 2x2 outputs
 constexpr size_t kWinogradBytes = 256 << 10;      // of transformed codes at a time: a quarter of a second-level cache
 constexpr size_t kMostTiles = 64;
 
-// Packed: weights [vectors][kPlaces][steps][lanes][unit], then the first value of the sums, int32 [vectors][kPlaces][lanes], m and
+// Tiles of 2x2 outputs.
+struct SquareTile {
+  static constexpr int kColumns = 2, kInputs = 4, kPlaces = 16, kUnsignedPlace = 5;  // (1, 1)
+  static void weights(const int* k, int* u) {
+    u[0] = 2 * k[0], u[1] = k[0] + k[1] + k[2], u[2] = k[0] - k[1] + k[2], u[3] = 2 * k[2];
+  }
+  // B from the right on four columns of codes; `step` between places.
+  template <class Code>
+  static void columns(const Code* __restrict d, size_t channels, int plain, int summed, Code* __restrict to, size_t step) {
+    const Code *__restrict d1 = d + channels, *__restrict d2 = d1 + channels, *__restrict d3 = d2 + channels;
+    Code *__restrict t1 = to + step, *__restrict t2 = t1 + step, *__restrict t3 = t2 + step;
+    for (size_t i = 0; i < channels; ++i) {
+      to[i] = static_cast<Code>(d[i] - d2[i] + plain);
+      t1[i] = static_cast<Code>(d1[i] + d2[i] + summed);
+      t2[i] = static_cast<Code>(d2[i] - d1[i] + plain);
+      t3[i] = static_cast<Code>(d1[i] - d3[i] + plain);
+    }
+  }
+  template <class V>
+  BITSPIKE_INLINE static void outputs(const typename V::I32* h, typename V::I32* y) {
+    y[0] = V::shift_right(V::add(h[0], V::add(h[1], h[2])), 2);
+    y[1] = V::shift_right(V::sub(V::sub(h[1], h[2]), h[3]), 2);
+  }
+};
+
+// Tiles of 2 rows and 4 columns.
+struct WideTile {
+  static constexpr int kColumns = 4, kInputs = 6, kPlaces = 24, kUnsignedPlace = -1;
+  static void weights(const int* k, int* u) {
+    u[0] = k[0], u[1] = k[0] + k[1] + k[2], u[2] = k[0] - k[1] + k[2];
+    u[3] = k[0] + 2 * k[1] + 4 * k[2], u[4] = k[0] - 2 * k[1] + 4 * k[2], u[5] = k[2];
+  }
+  template <class Code>
+  static void columns(const Code* __restrict d, size_t channels, int plain, int, Code* __restrict to, size_t step) {
+    const Code *__restrict d1 = d + channels, *__restrict d2 = d1 + channels, *__restrict d3 = d2 + channels;
+    const Code *__restrict d4 = d3 + channels, *__restrict d5 = d4 + channels;
+    Code *__restrict t1 = to + step, *__restrict t2 = t1 + step, *__restrict t3 = t2 + step;
+    Code *__restrict t4 = t3 + step, *__restrict t5 = t4 + step;
+    const auto twice = [](Code v) { return static_cast<Code>(v + v); };  // there is no shift of bytes
+    const auto plus = [](Code a, Code b) { return static_cast<Code>(a + b); };
+    const auto less = [](Code a, Code b) { return static_cast<Code>(a - b); };
+    const Code offset = static_cast<Code>(plain);
+#pragma GCC ivdep
+    for (size_t i = 0; i < channels; ++i) {
+      const Code four0 = twice(twice(d[i])), four1 = twice(twice(d1[i])), four2 = twice(twice(d2[i]));
+      const Code five2 = plus(four2, d2[i]), five3 = plus(twice(twice(d3[i])), d3[i]), last = plus(d4[i], offset);
+      const Code near = less(last, four2), turn = less(four1, d3[i]), far = less(last, d2[i]), steep = twice(less(d3[i], d1[i]));
+      to[i] = plus(less(four0, five2), last);
+      t1[i] = less(near, turn);
+      t2[i] = plus(near, turn);
+      t3[i] = plus(far, steep);
+      t4[i] = less(far, steep);
+      t5[i] = plus(less(four1, five3), plus(d5[i], offset));
+    }
+  }
+  // 48, 24, 12 and 12 times the outputs; a third of a multiple of three is its product with the inverse of 3 modulo 2^32.
+  template <class V>
+  BITSPIKE_INLINE static void outputs(const typename V::I32* h, typename V::I32* y) {
+    using I32 = typename V::I32;
+    const I32 third = V::splat(static_cast<int32_t>(0xaaaaaaabu));
+    const auto twice = [](I32 v) { return V::add(v, v); };
+    const I32 s = V::add(h[1], h[2]), d = V::sub(h[1], h[2]), far = V::add(h[3], h[4]), turn = V::sub(h[3], h[4]);
+    const I32 first = twice(V::sub(V::add(h[0], twice(h[0])), twice(s))), last = twice(V::add(h[5], twice(h[5])));
+    y[0] = V::shift_right(V::multiply(V::add(first, far), third), 4);
+    y[1] = V::shift_right(V::multiply(V::sub(turn, twice(d)), third), 3);
+    y[2] = V::shift_right(V::multiply(V::sub(far, s), third), 2);
+    y[3] = V::shift_right(V::multiply(V::add(V::sub(twice(turn), d), last), third), 2);
+  }
+};
+
+// Packed: weights [vectors][places][steps][lanes][unit], then the first value of the sums, int32 [vectors][places][lanes], m and
 // b, int32 [vectors * lanes], and whether requantization fits.
-template <class V>
+template <class V, class T>
 struct WinogradPacking {
+  static constexpr int kPlaces = T::kPlaces;
   typename V::Weight* weight;
   int32_t *start, *m, *b, *fits;
   size_t steps, place, vectors, bytes;  // place: weights of a vector of outputs at one place
@@ -47,21 +121,15 @@ struct WinogradPacking {
   }
 };
 
-inline bool winograd_supported(const Conv& c) { return may_support(Variant::winograd, c); }
-
-template <class V>
-size_t winograd_packed_bytes(const Conv& c) {
-  return WinogradPacking<V>(c, nullptr).bytes;
-}
-
-template <class V>
+template <class V, class T>
 constexpr int32_t winograd_offset(int place) {
-  return place == 5 ? V::kUnsignedOffset : V::kSignedOffset;  // place 5 is (1, 1)
+  return place == T::kUnsignedPlace ? V::kUnsignedOffset : V::kSignedOffset;
 }
 
-template <class V>
+template <class V, class T>
 void winograd_pack(const Conv& c, void* packed) {
-  const WinogradPacking<V> p(c, packed);
+  constexpr int kPlaces = T::kPlaces;
+  const WinogradPacking<V, T> p(c, packed);
   memset(packed, 0, p.bytes);
   *p.fits = requant_fits(c);
   for (int o = 0; o < c.outputs; ++o) {
@@ -76,13 +144,13 @@ void winograd_pack(const Conv& c, void* packed) {
         rows[0][k] = 2 * g0, rows[1][k] = g0 + g1 + g2, rows[2][k] = g0 - g1 + g2, rows[3][k] = 2 * g2;
       }
       for (int r = 0; r < 4; ++r) {
-        const int* k = rows[r];
-        const int u[4] = {2 * k[0], k[0] + k[1] + k[2], k[0] - k[1] + k[2], 2 * k[2]};
-        for (int j = 0; j < 4; ++j) {
-          const int place = 4 * r + j;
+        int u[T::kInputs];
+        T::weights(rows[r], u);
+        for (int j = 0; j < T::kInputs; ++j) {
+          const int place = T::kInputs * r + j;
           const int8_t w = static_cast<int8_t>(u[j]);
           V::put_weight(to + place * p.place + i / V::kUnit * V::kLanes * V::kUnit + i % V::kUnit, 0, w);
-          sum[place] += V::start(w, winograd_offset<V>(place));
+          sum[place] += V::start(w, winograd_offset<V, T>(place));
         }
       }
     }
@@ -94,10 +162,11 @@ void winograd_pack(const Conv& c, void* packed) {
 }
 
 // Four padded rows of codes, the same after B from the left, the codes of `tiles` tiles after B from both sides,
-// [tiles / kPixels][kPlaces][kPixels][channels] with some bytes after each place, since 16 places a power of two apart would share
-// one set of the cache, and the sums of a block of tiles and outputs, [kPlaces][kPixels][vectors][lanes].
-template <class V>
+// [tiles / kPixels][places][kPixels][channels] with some bytes after each place, since places a power of two apart would share
+// one set of the cache, and the sums of a block of tiles and outputs, [places][kPixels][vectors][lanes].
+template <class V, class T>
 struct WinogradScratch {
+  static constexpr int kPlaces = T::kPlaces;
   using Code = typename V::Code;
   size_t row, channels, place, tiles, bytes;
   uint8_t* rows;
@@ -105,7 +174,7 @@ struct WinogradScratch {
   int32_t* sums;
 
   WinogradScratch(const Conv& c, void* scratch) {
-    row = (round_up(c.out_width, 2) + 2) * c.channels;
+    row = (round_up(c.out_width, T::kColumns) + 2) * c.channels;
     channels = round_up(c.channels, V::kUnit);
     place = V::kPixels * channels + 64 / sizeof(Code);
     const size_t fit = kWinogradBytes / (kPlaces * place * sizeof(Code)), most = kMostTiles / V::kPixels;
@@ -125,11 +194,6 @@ struct WinogradScratch {
   }
   Code* tile(size_t t) const { return codes + t / V::kPixels * kPlaces * place + t % V::kPixels * channels; }
 };
-
-template <class V>
-size_t winograd_scratch_bytes(const Conv& c, int) {
-  return WinogradScratch<V>(c, nullptr).bytes;
-}
 
 // Row y of the padded image, y may lie outside.
 inline void padded_row(const Conv& c, const uint8_t* image, int y, size_t codes, uint8_t* to) {
@@ -159,34 +223,21 @@ void transform_rows(const uint8_t* __restrict d0, const uint8_t* __restrict d1, 
   }
 }
 
-// B from the right on four columns of one of these rows; `step` between places.
-template <class Code>
-void transform_columns(const Code* __restrict d, size_t channels, int plain, int summed, Code* __restrict to, size_t step) {
-  const Code *__restrict d1 = d + channels, *__restrict d2 = d1 + channels, *__restrict d3 = d2 + channels;
-  Code *__restrict t1 = to + step, *__restrict t2 = t1 + step, *__restrict t3 = t2 + step;
-  for (size_t i = 0; i < channels; ++i) {
-    to[i] = static_cast<Code>(d[i] - d2[i] + plain);
-    t1[i] = static_cast<Code>(d1[i] + d2[i] + summed);
-    t2[i] = static_cast<Code>(d2[i] - d1[i] + plain);
-    t3[i] = static_cast<Code>(d1[i] - d3[i] + plain);
-  }
-}
-
-// Where the outputs of a tile go: the first one's element, and whether those below and to the right exist.
+// Where the outputs of a tile go: the first one's element, and how many rows and columns exist.
 struct WinogradTile {
   size_t at;
-  bool down, right;
+  int rows, columns;
 };
 
 // The sums over `count` codes at one place for kPixels tiles, `tile` codes apart, x N vectors of outputs, `vector` weights apart. A function
 // of its own, for all its pointers to have a register each.
 template <class V, int N>
 BITSPIKE_NOINLINE void winograd_place(const typename V::Code* x, size_t tile, size_t count, const typename V::Weight* w, size_t vector,
-                                    const int32_t* start, int32_t* sums) {
+                                      const int32_t* start, size_t start_step, int32_t* sums) {
   using I32 = typename V::I32;
   I32 acc[V::kPixels][N];
   for (int n = 0; n < N; ++n) {
-    const I32 first = V::load(start + n * kPlaces * V::kLanes);
+    const I32 first = V::load(start + n * start_step);
     for (int i = 0; i < V::kPixels; ++i) acc[i][n] = first;
   }
   const typename V::Code *x1 = x + tile, *x2 = x1 + tile, *x3 = x2 + tile;
@@ -209,39 +260,42 @@ BITSPIKE_NOINLINE void winograd_place(const typename V::Code* x, size_t tile, si
 }
 
 // kPixels tiles x N vectors of outputs: products, sums over the channels, A on both sides, epilogue.
-template <class V, int N, class Finish>
-void winograd_block(const Conv& c, const WinogradPacking<V>& p, const WinogradScratch<V>& s, size_t block, size_t count,
+template <class V, class T, int N, class Finish>
+void winograd_block(const Conv& c, const WinogradPacking<V, T>& p, const WinogradScratch<V, T>& s, size_t block, size_t count,
                     size_t vector, const WinogradTile* tiles, const typename V::Scale& scale, const Finish& write) {
   using I32 = typename V::I32;
-  constexpr size_t kLanes = V::kLanes;
+  constexpr size_t kLanes = V::kLanes, kPlaces = T::kPlaces, kPlaceStep = V::kPixels * N * kLanes;
   const typename V::Code* x = s.tile(block);
   const typename V::Weight* weight = p.weight + vector * kPlaces * p.place;
   const int32_t* start = p.start + vector * kPlaces * kLanes;
   for (size_t place = 0; place < kPlaces; ++place)
     winograd_place<V, N>(x + place * s.place, s.channels, s.channels, weight + place * p.place, kPlaces * p.place,
-                         start + place * kLanes, s.sums + place * V::kPixels * N * kLanes);
-  constexpr size_t kPlaceStep = V::kPixels * N * kLanes;
+                         start + place * kLanes, kPlaces * kLanes, s.sums + place * kPlaceStep);
   for (int n = 0; n < N; ++n) {
     const int o = static_cast<int>(vector + n) * V::kLanes;
     const Requantize<V, Finish> requantize(write, o, p.m + o, p.b + o);
     const auto all = [&](int lanes) {
       for (size_t i = 0; i < count; ++i) {
         const int32_t* from = s.sums + (i * N + n) * kLanes;
-        I32 half[2][4];
-        for (int j = 0; j < 4; ++j) {
-          const auto at = [&](int row) { return V::load(from + (4 * row + j) * kPlaceStep); };
+        I32 half[2][T::kInputs];
+        for (int j = 0; j < T::kInputs; ++j) {
+          const auto at = [&](int row) { return V::load(from + (T::kInputs * row + j) * kPlaceStep); };
           const I32 one = at(1), two = at(2);
           half[0][j] = V::add(at(0), V::add(one, two));
           half[1][j] = V::sub(V::sub(one, two), at(3));
         }
         const WinogradTile tile = tiles[i];
         const auto row = [&](const I32* h, size_t to) {
-          const I32 left = V::add(h[0], V::add(h[1], h[2])), right = V::sub(V::sub(h[1], h[2]), h[3]);
-          write(to, o, lanes, requantize(V::shift_right(left, 2), scale));
-          if (tile.right) write(to + c.outputs, o, lanes, requantize(V::shift_right(right, 2), scale));
+          I32 y[T::kColumns];
+          T::template outputs<V>(h, y);
+          write(to, o, lanes, requantize(y[0], scale));
+          if (tile.columns == T::kColumns)
+            for (int k = 1; k < T::kColumns; ++k) write(to += c.outputs, o, lanes, requantize(y[k], scale));
+          else
+            for (int k = 1; k < tile.columns; ++k) write(to += c.outputs, o, lanes, requantize(y[k], scale));
         };
         row(half[0], tile.at + o);
-        if (tile.down) row(half[1], tile.at + o + static_cast<size_t>(c.out_width) * c.outputs);
+        if (tile.rows > 1) row(half[1], tile.at + o + static_cast<size_t>(c.out_width) * c.outputs);
       }
     };
     if (c.outputs - o >= V::kLanes) all(V::kLanes);  // a number that the compiler knows
@@ -249,58 +303,74 @@ void winograd_block(const Conv& c, const WinogradPacking<V>& p, const WinogradSc
   }
 }
 
-template <class V, class Finish>
-void winograd_rows(const Conv& c, const WinogradPacking<V>& p, const uint8_t* image, int row0, int row1, const Finish& write,
+template <class V, class T, class Finish>
+void winograd_rows(const Conv& c, const WinogradPacking<V, T>& p, const uint8_t* image, int row0, int row1, const Finish& write,
                    void* scratch) {
-  const WinogradScratch<V> s(c, scratch);
+  const WinogradScratch<V, T> s(c, scratch);
   const typename V::Scale scale(c.shift);
   const int rows = row1 - row0, top = row0 - c.pad_h;
-  const size_t tiles_x = (static_cast<size_t>(c.out_width) + 1) / 2, all = tiles_x * ((rows + 1) / 2);
+  const size_t tiles_x = (static_cast<size_t>(c.out_width) + T::kColumns - 1) / T::kColumns, all = tiles_x * ((rows + 1) / 2);
   WinogradTile tiles[kMostTiles];
   int begun = -1, padded = 0;  // the row of tiles whose halves are there, rows of the image that are
   for (size_t first = 0; first < all; first += s.tiles) {
     const size_t count = all - first < s.tiles ? all - first : s.tiles;
     for (size_t t = 0; t < count; ++t) {
-      const int ty = static_cast<int>((first + t) / tiles_x);
+      const int ty = static_cast<int>((first + t) / tiles_x), x = static_cast<int>((first + t) % tiles_x) * T::kColumns;
       if (ty != begun) {
         begun = ty;
         for (; padded < 2 * ty + 4; ++padded) padded_row(c, image, top + padded, s.row, s.rows + padded % 4 * s.row);
         const auto row = [&](int i) { return s.rows + (2 * ty + i) % 4 * s.row; };
         transform_rows(row(0), row(1), row(2), row(3), s.row, s.halves);
       }
-      const size_t x = (first + t) % tiles_x * 2;
-      tiles[t] = {(2 * static_cast<size_t>(ty) * c.out_width + x) * c.outputs, 2 * ty + 1 < rows, x + 1 < static_cast<size_t>(c.out_width)};
+      tiles[t] = {(2 * static_cast<size_t>(ty) * c.out_width + x) * c.outputs, at_most(2, rows - 2 * ty),
+                  at_most(T::kColumns, c.out_width - x)};
       typename V::Code* const to = s.tile(t);
       for (int i = 0; i < 4; ++i)
-        transform_columns(s.halves + i * s.row + x * c.channels, c.channels, winograd_offset<V>(4 * i),
-                          winograd_offset<V>(4 * i + 1), to + 4 * i * s.place, s.place);
+        T::columns(s.halves + i * s.row + static_cast<size_t>(x) * c.channels, c.channels, winograd_offset<V, T>(T::kInputs * i),
+                   winograd_offset<V, T>(T::kInputs * i + 1), to + T::kInputs * i * s.place, s.place);
     }
     for (size_t vector = 0; vector < p.vectors;) {
       const size_t left = p.vectors - vector;
       const size_t n = left == 4 ? 2 : left < V::kVectors ? left : V::kVectors;  // 4 are better split 2 + 2 than 3 + 1
       for (size_t block = 0; block < count; block += V::kPixels) {
         const size_t some = count - block < V::kPixels ? count - block : V::kPixels;
-        if (V::kVectors == 3 && n == 3) winograd_block<V, V::kVectors>(c, p, s, block, some, vector, tiles + block, scale, write);
-        else if (n == 2) winograd_block<V, 2>(c, p, s, block, some, vector, tiles + block, scale, write);
-        else winograd_block<V, 1>(c, p, s, block, some, vector, tiles + block, scale, write);
+        if (V::kVectors == 3 && n == 3) winograd_block<V, T, V::kVectors>(c, p, s, block, some, vector, tiles + block, scale, write);
+        else if (n == 2) winograd_block<V, T, 2>(c, p, s, block, some, vector, tiles + block, scale, write);
+        else winograd_block<V, T, 1>(c, p, s, block, some, vector, tiles + block, scale, write);
       }
       vector += n;
     }
   }
 }
 
-template <class V>
+template <class V, class T>
 void conv_winograd(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e, void* scratch) {
-  const WinogradPacking<V> p(c, packed);
+  const WinogradPacking<V, T> p(c, packed);
   const uint8_t* codes = static_cast<const uint8_t*>(image);
   with_finish<V>(e, c.outputs, *p.fits,
-                 [&](const auto& write) { winograd_rows<V>(c, p, codes, row0, row1, write, scratch); });
+                 [&](const auto& write) { winograd_rows<V, T>(c, p, codes, row0, row1, write, scratch); });
   count_nonzero<V>(e, static_cast<size_t>(row1 - row0) * c.out_width * c.outputs);
+}
+
+template <class V, class T>
+constexpr ConvKernel winograd_tiles() {
+  return {nullptr, [](const Conv& c) { return WinogradPacking<V, T>(c, nullptr).bytes; }, winograd_pack<V, T>,
+          [](const Conv& c, int) { return WinogradScratch<V, T>(c, nullptr).bytes; }, conv_winograd<V, T>};
+}
+
+template <class V>
+ConvKernel winograd_way(const Conv& c) {
+  return c.wide_tiles ? winograd_tiles<V, WideTile>() : winograd_tiles<V, SquareTile>();
 }
 
 template <class V>
 constexpr ConvKernel winograd_kernel() {
-  return {winograd_supported, winograd_packed_bytes<V>, winograd_pack<V>, winograd_scratch_bytes<V>, conv_winograd<V>};
+  return {[](const Conv& c) { return may_support(Variant::winograd, c); }, [](const Conv& c) { return winograd_way<V>(c).packed_bytes(c); },
+          [](const Conv& c, void* packed) { winograd_way<V>(c).pack(c, packed); },
+          [](const Conv& c, int rows) { return winograd_way<V>(c).scratch_bytes(c, rows); },
+          [](const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e, void* scratch) {
+            winograd_way<V>(c).run(c, packed, image, row0, row1, e, scratch);
+          }};
 }
 
 }  // namespace
