@@ -71,7 +71,7 @@ def measure(isa: str, shape: tuple[int, ...], share: float, top: int, weights: s
             plan.run(images, logits, 1, np.empty(0))
             best = min(best, time.thread_time_ns() - start)
         added = additions(isa, variant, reads, outputs, kernel, stride)
-        products = 16 * ((out + 1) // 2) ** 2 * channels * outputs if variant == "winograd" else reads * outputs
+        products = tile_products(out, 21 * max(map(abs, WEIGHTS[weights])) <= 127) * channels * outputs if variant == "winograd" else reads * outputs
         features = [products, added * events, reads, out * out * outputs]
         samples.append(Sample(variant, features, best, (shape, share, top, weights)))
     return samples
@@ -83,6 +83,11 @@ def additions(isa: str, variant: str, reads: int, outputs: int, kernel: int, str
     if variant == "sliced" and stride == 1 and 2 <= kernel <= 4 and outputs <= row // 2:
         return reads / kernel * -(-4 * outputs // row) * row
     return reads * -(-outputs // row) * row
+
+
+def tile_products(out: int, wide: bool) -> int:
+    """Of one channel and output on out x out pixels: 24 for 2x4 of them or 16 for 2x2 (csrc/winograd.h)."""
+    return (out + 1) // 2 * (-(-out // 4) * 24 if wide else (out + 1) // 2 * 16)
 
 
 def fit(samples: list[Sample]) -> np.ndarray:
