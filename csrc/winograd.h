@@ -26,6 +26,7 @@ namespace {
 
 constexpr size_t kWinogradBytes = 256 << 10;      // of transformed codes at a time: a quarter of a second-level cache
 constexpr size_t kMostTiles = 64;
+constexpr size_t kColumnCodes = 32;  // worked on together
 
 // Tiles of 2x2 outputs.
 struct SquareTile {
@@ -33,12 +34,12 @@ struct SquareTile {
   static void weights(const int* k, int* u) {
     u[0] = 2 * k[0], u[1] = k[0] + k[1] + k[2], u[2] = k[0] - k[1] + k[2], u[3] = 2 * k[2];
   }
-  // B from the right on four columns of codes; `step` between places.
+  // B from the right on columns of codes, `channels` apart; `step` between places.
   template <class Code>
-  static void columns(const Code* __restrict d, size_t channels, int plain, int summed, Code* __restrict to, size_t step) {
+  static void columns(const Code* __restrict d, size_t channels, size_t count, int plain, int summed, Code* __restrict to, size_t step) {
     const Code *__restrict d1 = d + channels, *__restrict d2 = d1 + channels, *__restrict d3 = d2 + channels;
     Code *__restrict t1 = to + step, *__restrict t2 = t1 + step, *__restrict t3 = t2 + step;
-    for (size_t i = 0; i < channels; ++i) {
+    for (size_t i = 0; i < count; ++i) {
       to[i] = static_cast<Code>(d[i] - d2[i] + plain);
       t1[i] = static_cast<Code>(d1[i] + d2[i] + summed);
       t2[i] = static_cast<Code>(d2[i] - d1[i] + plain);
@@ -60,7 +61,7 @@ struct WideTile {
     u[3] = k[0] + 2 * k[1] + 4 * k[2], u[4] = k[0] - 2 * k[1] + 4 * k[2], u[5] = k[2];
   }
   template <class Code>
-  static void columns(const Code* __restrict d, size_t channels, int plain, int, Code* __restrict to, size_t step) {
+  static void columns(const Code* __restrict d, size_t channels, size_t count, int plain, int, Code* __restrict to, size_t step) {
     const Code *__restrict d1 = d + channels, *__restrict d2 = d1 + channels, *__restrict d3 = d2 + channels;
     const Code *__restrict d4 = d3 + channels, *__restrict d5 = d4 + channels;
     Code *__restrict t1 = to + step, *__restrict t2 = t1 + step, *__restrict t3 = t2 + step;
@@ -70,7 +71,7 @@ struct WideTile {
     const auto less = [](Code a, Code b) { return static_cast<Code>(a - b); };
     const Code offset = static_cast<Code>(plain);
 #pragma GCC ivdep
-    for (size_t i = 0; i < channels; ++i) {
+    for (size_t i = 0; i < count; ++i) {
       const Code four0 = twice(twice(d[i])), four1 = twice(twice(d1[i])), four2 = twice(twice(d2[i]));
       const Code five2 = plus(four2, d2[i]), five3 = plus(twice(twice(d3[i])), d3[i]), last = plus(d4[i], offset);
       const Code near = less(last, four2), turn = less(four1, d3[i]), far = less(last, d2[i]), steep = twice(less(d3[i], d1[i]));
@@ -162,7 +163,7 @@ void winograd_pack(const Conv& c, void* packed) {
 }
 
 // Four padded rows of codes, the same after B from the left, the codes of `tiles` tiles after B from both sides,
-// [tiles / kPixels][places][kPixels][channels] with some bytes after each place, since places a power of two apart would share
+// [tiles / kPixels][places][kPixels][channels] with kColumnCodes after each place, since places a power of two apart would share
 // one set of the cache, and the sums of a block of tiles and outputs, [places][kPixels][vectors][lanes].
 template <class V, class T>
 struct WinogradScratch {
@@ -176,7 +177,7 @@ struct WinogradScratch {
   WinogradScratch(const Conv& c, void* scratch) {
     row = (round_up(c.out_width, T::kColumns) + 2) * c.channels;
     channels = round_up(c.channels, V::kUnit);
-    place = V::kPixels * channels + 64 / sizeof(Code);
+    place = V::kPixels * channels + kColumnCodes;
     const size_t fit = kWinogradBytes / (kPlaces * place * sizeof(Code)), most = kMostTiles / V::kPixels;
     const size_t blocks = fit < 1 ? 1 : fit < most ? fit : most;
     tiles = blocks * V::kPixels;
@@ -188,7 +189,7 @@ struct WinogradScratch {
     };
     sums = reinterpret_cast<int32_t*>(take(kPlaces * V::kPixels * V::kVectors * V::kLanes * sizeof(int32_t)));
     codes = reinterpret_cast<Code*>(take(blocks * kPlaces * place * sizeof(Code)));
-    halves = reinterpret_cast<Code*>(take(4 * row * sizeof(Code)));
+    halves = reinterpret_cast<Code*>(take((4 * row + kColumnCodes) * sizeof(Code)));
     rows = reinterpret_cast<uint8_t*>(take(4 * row));
     bytes = static_cast<size_t>(at - static_cast<char*>(scratch));
   }
@@ -309,6 +310,8 @@ void winograd_rows(const Conv& c, const WinogradPacking<V, T>& p, const uint8_t*
   const WinogradScratch<V, T> s(c, scratch);
   const typename V::Scale scale(c.shift);
   const int rows = row1 - row0, top = row0 - c.pad_h;
+  // Whole vectors: what is too much belongs to the next tile, which comes later, or lies in the bytes after a place.
+  const size_t channels = round_up(c.channels, kColumnCodes);
   const size_t tiles_x = (static_cast<size_t>(c.out_width) + T::kColumns - 1) / T::kColumns, all = tiles_x * ((rows + 1) / 2);
   WinogradTile tiles[kMostTiles];
   int begun = -1, padded = 0;  // the row of tiles whose halves are there, rows of the image that are
@@ -326,7 +329,7 @@ void winograd_rows(const Conv& c, const WinogradPacking<V, T>& p, const uint8_t*
                   at_most(T::kColumns, c.out_width - x)};
       typename V::Code* const to = s.tile(t);
       for (int i = 0; i < 4; ++i)
-        T::columns(s.halves + i * s.row + static_cast<size_t>(x) * c.channels, c.channels, winograd_offset<V, T>(T::kInputs * i),
+        T::columns(s.halves + i * s.row + static_cast<size_t>(x) * c.channels, c.channels, channels, winograd_offset<V, T>(T::kInputs * i),
                    winograd_offset<V, T>(T::kInputs * i + 1), to + T::kInputs * i * s.place, s.place);
     }
     for (size_t vector = 0; vector < p.vectors;) {
