@@ -23,6 +23,10 @@ void conv_sliced_best(const Conv& c, const void* packed, const void* image, int 
   run(c, packed, image, row0, row1, e, scratch);
 }
 
+void lookup_best(const uint8_t* x, size_t rows, size_t channels, const int8_t* table, int8_t* y) {
+  (channels <= kMostTables && cpu_has_avx512_matrices() ? lookup_avx512 : scalar_lookup)(x, rows, channels, table, y);
+}
+
 constexpr ConvKernel sliced_best() {
   ConvKernel kernel = sliced_kernel<Avx512>();
   kernel.run = conv_sliced_best;
@@ -36,6 +40,7 @@ constexpr Kernels kernels_avx512 = kernels<Avx512>("avx512", {popcount_supported
                                                               conv_popcount_avx512},
                                                    sliced_best(),
                                                    {attention_map_scratch_bytes<Avx512>, attention_map_best,
-                                                    attention_read_scratch_bytes<Avx512>, attention_read_best});
+                                                    attention_read_scratch_bytes<Avx512>, attention_read_best},
+                                                   lookup_best);
 
 }  // namespace bitspike

@@ -1,4 +1,5 @@
-// The AVX-512 kernel for rows of bits, with byte permutations and bit matrices (VBMI, GFNI): planes become numbers eight at a time.
+// AVX-512 kernels with byte permutations and bit matrices (VBMI, GFNI): rows of bits, whose planes become numbers eight at a time, and
+// tables of bytes.
 #include "avx512.h"
 #include "sliced.h"
 
@@ -33,6 +34,31 @@ struct Avx512Sliced : Avx512 {
 void conv_sliced_avx512(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e,
                         void* scratch) {
   conv_sliced<Avx512Sliced>(c, packed, image, row0, row1, e, scratch);
+}
+
+// A table of 256 bytes is four registers; those of all channels are asked, and every byte takes the answer of its own.
+void lookup_avx512(const uint8_t* x, size_t rows, size_t channels, const int8_t* table, int8_t* y) {
+  __m512i tables[kMostTables][4];
+  uint64_t own[kMostTables][kMostTables] = {};  // [phase][channel]: which bytes of a vector that begins with channel `phase` are its
+  for (size_t c = 0; c < channels; ++c) {
+    for (int i = 0; i < 4; ++i) tables[c][i] = _mm512_loadu_si512(table + c * 256 + i * 64);
+    for (size_t phase = 0; phase < channels; ++phase)
+      for (size_t i = 0; i < 64; ++i) own[phase][c] |= static_cast<uint64_t>((phase + i) % channels == c) << i;
+  }
+  const size_t count = rows * channels;
+  size_t phase = 0;
+  for (size_t i = 0; i < count; i += 64, phase = (phase + 64) % channels) {
+    const uint64_t there = count - i >= 64 ? ~uint64_t{0} : (uint64_t{1} << (count - i)) - 1;
+    const __m512i codes = _mm512_maskz_loadu_epi8(there, x + i);
+    const uint64_t upper = _mm512_movepi8_mask(codes);
+    __m512i found = _mm512_setzero_si512();
+    for (size_t c = 0; c < channels; ++c) {
+      const __m512i low = _mm512_permutex2var_epi8(tables[c][0], codes, tables[c][1]);
+      const __m512i high = _mm512_permutex2var_epi8(tables[c][2], codes, tables[c][3]);
+      found = _mm512_mask_mov_epi8(found, own[phase][c], _mm512_mask_mov_epi8(low, upper, high));
+    }
+    _mm512_mask_storeu_epi8(y + i, there, found);
+  }
 }
 
 }  // namespace bitspike

@@ -19,7 +19,7 @@ void quantize(const int32_t* x, size_t rows, size_t channels, const int32_t* m, 
               int32_t hi, bool, void* y) {
   // u8 and s8 differ in lo and hi only: the low byte of the clipped code is the code in both.
   const Quantizer quantizer = {m, per_channel, shift, lo, hi};
-  finish<V>(x, rows, channels, {nullptr, nullptr, {quantizer, {}}, {static_cast<uint8_t*>(y), nullptr}, {}});
+  finish<V>(x, rows, channels, {nullptr, nullptr, {quantizer, {}}, {static_cast<uint8_t*>(y), nullptr}, {}, nullptr});
 }
 
 template <class V, class Load>
@@ -127,10 +127,10 @@ inline void mean(Kind kind, const void* x, size_t rows, size_t columns, size_t r
   else mean_shifted(static_cast<const int32_t*>(x), rows, shift, columns, row_stride, m, y);
 }
 
-// lookup has no vector version: it is a small part of every network.
 template <class V>
 constexpr Kernels kernels(const char* name, ConvKernel popcount, ConvKernel sliced = sliced_kernel<V>(),
-                          MapKernel maps = map_kernel<V>()) {
+                          MapKernel maps = map_kernel<V>(),
+                          void (*lookup)(const uint8_t*, size_t, size_t, const int8_t*, int8_t*) = scalar_lookup) {
   return {name,
           {dense_kernel<V>(),
            narrow_kernel<V>(),
@@ -151,7 +151,7 @@ constexpr Kernels kernels(const char* name, ConvKernel popcount, ConvKernel slic
           lif<V>,
           lif_packed<V>,
           ielif<V>,
-          scalar_lookup,
+          lookup,
           true,
           spin<V>};
 }

@@ -243,6 +243,8 @@ bool cpu_has_avx512_popcount();  // dispatch.cc
 
 // avx512_sliced.cc, for CPUs with VBMI and GFNI: lays nothing out otherwise than the kernel of all AVX-512.
 void conv_sliced_avx512(const Conv&, const void* packed, const void* image, int row0, int row1, const Epilogue&, void* scratch);
+constexpr size_t kMostTables = 4;  // that lookup_avx512 takes
+void lookup_avx512(const uint8_t* x, size_t rows, size_t channels, const int8_t* table, int8_t* y);
 bool cpu_has_avx512_matrices();  // dispatch.cc
 
 // avx512_compress.cc, for CPUs with VBMI2: see append_events in avx512.h.

@@ -158,20 +158,21 @@ BITSPIKE_NOINLINE void tile_sums(const typename V::Code* const* x, size_t row, i
   if constexpr (V::kPixels > 4) put(acc[4]), put(acc[5]), put(acc[6]), put(acc[7]);
 }
 
-// kPixels x (N * kLanes) outputs.
-template <class V, int N, class Finish>
-void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* const* x, size_t row, int first, int c_first,
+// kPixels x (vectors * kLanes) outputs.
+template <class V, class Finish>
+void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* const* x, size_t row, int first, int vectors, int c_first,
                 int pixels, const size_t* y, const Finish& write) {
-  alignas(64) int32_t sums[V::kPixels * N * V::kLanes];
-  tile_sums<V, N>(x, row, c.kernel_h, p.steps, p.weight + first / V::kLanes * p.block, p.block, p.start + first, sums);
+  alignas(64) int32_t sums[V::kPixels * V::kVectors * V::kLanes];
+  const auto run = vectors == 1 ? tile_sums<V, 1> : vectors == 2 ? tile_sums<V, 2> : tile_sums<V, V::kVectors>;
+  run(x, row, c.kernel_h, p.steps, p.weight + first / V::kLanes * p.block, p.block, p.start + first, sums);
   const int outputs = c.group_outputs();
   const typename V::Scale scale(c.shift);
-  for (int n = 0; n < N; ++n) {
+  for (int n = 0; n < vectors; ++n) {
     const int o = first + n * V::kLanes;
     const Requantize<V, Finish> requantize(write, c_first + o, p.m + o, p.b + o);
     const auto all = [&](int lanes) {
       for (int i = 0; i < pixels; ++i)
-        write(y[i] + o, c_first + o, lanes, requantize(V::unscale(V::load(sums + (i * N + n) * V::kLanes)), scale));
+        write(y[i] + o, c_first + o, lanes, requantize(V::unscale(V::load(sums + (i * vectors + n) * V::kLanes)), scale));
     };
     if (outputs - o >= V::kLanes) all(V::kLanes);  // a number that the compiler knows
     else all(outputs - o);
@@ -226,9 +227,7 @@ void tiles_rows(const Conv& c, const void* packed, const uint8_t* in, int row0, 
           y[i] = (static_cast<size_t>(first) + at_most(i, windows.count - 1)) * c.outputs + g * outputs;
         }
         const int o = block * V::kLanes;
-        if (V::kVectors == 3 && n == 3) conv_block<V, V::kVectors>(c, p, x, row, o, g * outputs, windows.count, y, write);
-        else if (n == 2) conv_block<V, 2>(c, p, x, row, o, g * outputs, windows.count, y, write);
-        else conv_block<V, 1>(c, p, x, row, o, g * outputs, windows.count, y, write);
+        conv_block<V>(c, p, x, row, o, n, g * outputs, windows.count, y, write);
       }
       block += n;
     }

@@ -260,27 +260,29 @@ BITSPIKE_NOINLINE void winograd_place(const typename V::Code* x, size_t tile, si
   if constexpr (V::kPixels > 4) put(acc[4]), put(acc[5]), put(acc[6]), put(acc[7]);
 }
 
-// kPixels tiles x N vectors of outputs: products, sums over the channels, A on both sides, epilogue.
-template <class V, class T, int N, class Finish>
+// kPixels tiles x some vectors of outputs: products, sums over the channels, A on both sides, epilogue.
+template <class V, class T, class Finish>
 void winograd_block(const Conv& c, const WinogradPacking<V, T>& p, const WinogradScratch<V, T>& s, size_t block, size_t count,
-                    size_t vector, const WinogradTile* tiles, const typename V::Scale& scale, const Finish& write) {
+                    size_t vector, int vectors, const WinogradTile* tiles, const typename V::Scale& scale, const Finish& write) {
   using I32 = typename V::I32;
-  constexpr size_t kLanes = V::kLanes, kPlaces = T::kPlaces, kPlaceStep = V::kPixels * N * kLanes;
+  constexpr size_t kLanes = V::kLanes, kPlaces = T::kPlaces;
+  const size_t place_step = V::kPixels * vectors * kLanes;
+  const auto run = vectors == 1 ? winograd_place<V, 1> : vectors == 2 ? winograd_place<V, 2> : winograd_place<V, V::kVectors>;
   const typename V::Code* x = s.tile(block);
   const typename V::Weight* weight = p.weight + vector * kPlaces * p.place;
   const int32_t* start = p.start + vector * kPlaces * kLanes;
   for (size_t place = 0; place < kPlaces; ++place)
-    winograd_place<V, N>(x + place * s.place, s.channels, s.channels, weight + place * p.place, kPlaces * p.place,
-                         start + place * kLanes, kPlaces * kLanes, s.sums + place * kPlaceStep);
-  for (int n = 0; n < N; ++n) {
+    run(x + place * s.place, s.channels, s.channels, weight + place * p.place, kPlaces * p.place, start + place * kLanes,
+        kPlaces * kLanes, s.sums + place * place_step);
+  for (int n = 0; n < vectors; ++n) {
     const int o = static_cast<int>(vector + n) * V::kLanes;
     const Requantize<V, Finish> requantize(write, o, p.m + o, p.b + o);
     const auto all = [&](int lanes) {
       for (size_t i = 0; i < count; ++i) {
-        const int32_t* from = s.sums + (i * N + n) * kLanes;
+        const int32_t* from = s.sums + (i * vectors + n) * kLanes;
         I32 half[2][T::kInputs];
         for (int j = 0; j < T::kInputs; ++j) {
-          const auto at = [&](int row) { return V::load(from + (T::kInputs * row + j) * kPlaceStep); };
+          const auto at = [&](int row) { return V::load(from + (T::kInputs * row + j) * place_step); };
           const I32 one = at(1), two = at(2);
           half[0][j] = V::add(at(0), V::add(one, two));
           half[1][j] = V::sub(V::sub(one, two), at(3));
@@ -334,13 +336,9 @@ void winograd_rows(const Conv& c, const WinogradPacking<V, T>& p, const uint8_t*
     }
     for (size_t vector = 0; vector < p.vectors;) {
       const size_t left = p.vectors - vector;
-      const size_t n = left == 4 ? 2 : left < V::kVectors ? left : V::kVectors;  // 4 are better split 2 + 2 than 3 + 1
-      for (size_t block = 0; block < count; block += V::kPixels) {
-        const size_t some = count - block < V::kPixels ? count - block : V::kPixels;
-        if (V::kVectors == 3 && n == 3) winograd_block<V, T, V::kVectors>(c, p, s, block, some, vector, tiles + block, scale, write);
-        else if (n == 2) winograd_block<V, T, 2>(c, p, s, block, some, vector, tiles + block, scale, write);
-        else winograd_block<V, T, 1>(c, p, s, block, some, vector, tiles + block, scale, write);
-      }
+      const int n = left == 4 ? 2 : left < V::kVectors ? static_cast<int>(left) : V::kVectors;  // 4 are better split 2 + 2 than 3 + 1
+      for (size_t block = 0; block < count; block += V::kPixels)
+        winograd_block<V, T>(c, p, s, block, count - block < V::kPixels ? count - block : V::kPixels, vector, n, tiles + block, scale, write);
       vector += n;
     }
   }

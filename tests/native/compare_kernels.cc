@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/direct.h"
 #include "../../csrc/kernels.h"
 
 namespace {
@@ -214,12 +215,16 @@ bool check_conv(Random& r) {
   const size_t count = static_cast<size_t>(row1 - row0) * c.out_width * c.outputs;
   std::vector<int32_t> residual(count);
   for (int32_t& v : residual) v = some_int32(r);
+  // What convolutions may do in place of the epilogue; the scalar ones never do.
+  const bool only_codes = e.codes[0] && !e.codes[1] && !e.residual && !e.out;
+  const DirectCodes direct = only_codes ? DirectCodes(c, e.quantizer[0]) : DirectCodes();
   const auto run = [&](const ConvKernel& kernel) {
     Block packed(kernel.packed_bytes(c)), scratch(kernel.scratch_bytes(c, row1 - row0));
     kernel.pack(c, packed.data());
     Conv unpacked = c;  // the weights, m and b are no longer needed
     unpacked.weight = nullptr, unpacked.m = nullptr, unpacked.b = nullptr;
-    return write(e, residual, count, [&](const Epilogue& epilogue) {
+    return write(e, residual, count, [&](Epilogue epilogue) {
+      epilogue.direct = direct.get();
       kernel.run(unpacked, packed.data(), exact(image), row0, row1, epilogue, scratch.data());
     });
   };
