@@ -71,7 +71,8 @@ def measure(isa: str, shape: tuple[int, ...], share: float, top: int, weights: s
             plan.run(images, logits, 1, np.empty(0))
             best = min(best, time.thread_time_ns() - start)
         added = additions(isa, variant, reads, outputs, kernel, stride)
-        products = tile_products(out, 21 * max(map(abs, WEIGHTS[weights])) <= 127) * channels * outputs if variant == "winograd" else reads * outputs
+        wide = 21 * max(map(abs, WEIGHTS[weights])) <= 127
+        products = tile_products(out, wide) * channels * outputs if variant == "winograd" else reads * outputs
         features = [products, added * events, reads, out * out * outputs]
         samples.append(Sample(variant, features, best, (shape, share, top, weights)))
     return samples

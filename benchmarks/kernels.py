@@ -6,9 +6,9 @@
 One thread. Times are the fastest of many runs, epilogue included (a neuron with counts 0..4 and its count of spikes). GMAC/s
 counts every product of the layer, also those with a code of 0, whatever the kernel skipped; that is why events may be faster
 than the bound of additions times density. The bound is the variant's instruction alone, in registers: products for dense,
-narrow and winograd (times 36 / 16), AND + count + add for popcount (one pass per bit of a count), byte additions for events and full
-adders for sliced (divided by the mean code). `vs torch` is the time of torch._int_mm (oneDNN) on the matrices of the same
-layer, laid out beforehand and without epilogue, over ours.
+narrow and winograd (times 36 / 16), AND + count + add for popcount (one pass per bit of a count), byte additions for
+events and full adders for sliced (divided by the mean code). `vs torch` is the time of torch._int_mm (oneDNN) on the
+matrices of the same layer, laid out beforehand and without epilogue, over ours.
 """
 from __future__ import annotations
 

@@ -253,8 +253,8 @@ def test_rows_of_bits_are_the_definition_whatever_is_counted(isa, channels, kern
     ([-14, 14], 63), ([-14, 13, 0], 63), (list(range(-8, 8)), 4), ([-6, 6], 7), ([-1, 1], 1), (list(range(-3, 4)), 4),
 ])
 @pytest.mark.parametrize("channels, outputs, size, around", [
-    (1, 2, (1, 1), (1, 1)), (3, 17, (2, 3), (1, 1)), (64, 48, (5, 4), (1, 1)), (65, 70, (9, 33), (0, 0)), (130, 33, (7, 70), (2, 1)),
-    (600, 5, (3, 3), (1, 0)), (6, 129, (12, 29), (3, 3)), (33, 65, (4, 18), (1, 1)),
+    (1, 2, (1, 1), (1, 1)), (3, 17, (2, 3), (1, 1)), (64, 48, (5, 4), (1, 1)), (65, 70, (9, 33), (0, 0)),
+    (130, 33, (7, 70), (2, 1)), (600, 5, (3, 3), (1, 0)), (6, 129, (12, 29), (3, 3)), (33, 65, (4, 18), (1, 1)),
 ])
 def test_tiles_of_four_outputs_are_the_definition(isa, weights, top, channels, outputs, size, around):
     """Codes and weights as large as winograd takes, odd sizes, more tiles than it holds at a time, parts of the rows."""
