@@ -6,7 +6,7 @@
 One thread. Times are the fastest of many runs, epilogue included (a neuron with counts 0..4 and its count of spikes). GMAC/s
 counts every product of the layer, also those with a code of 0, whatever the kernel skipped; that is why events may be faster
 than the bound of additions times density. The bound is the variant's instruction alone, in registers: products for dense,
-narrow and winograd (times 36 / 16), AND + count + add for popcount (one pass per bit of a count), byte additions for
+narrow and winograd (times 72 / 24), AND + count + add for popcount (one pass per bit of a count), byte additions for
 events and full adders for sliced (divided by the mean code). `vs torch` is the time of torch._int_mm (oneDNN) on the
 matrices of the same layer, laid out beforehand and without epilogue, over ours.
 """
@@ -97,7 +97,8 @@ def measure(
 ) -> dict[str, Any] | None:
     """One line of the table; None where the variant does not support the shape."""
     rng = np.random.default_rng(0)
-    weights = {"popcount": [-1, 1], "sliced": [-1, 1], "shift": [-4, -2, -1, 0, 1, 2, 4]}.get(variant, list(range(-8, 8)))
+    weights = {"popcount": [-1, 1], "sliced": [-1, 1], "shift": [-4, -2, -1, 0, 1, 2, 4],
+               "winograd": list(range(-3, 4))}.get(variant, list(range(-8, 8)))
     w = rng.choice(weights, (shape.outputs, shape.kernel, shape.kernel, shape.channels // shape.groups)).astype(np.int8)
     m, b = np.full(shape.outputs, 1 << 28, np.int32), np.zeros(shape.outputs, np.int32)
     pad = shape.kernel // 2
@@ -114,7 +115,7 @@ def measure(
     instruction = {"popcount": "popcount", "events": "add", "sliced": "carry", "shift": None}.get(variant, "dot")
     bound = bounds.get(f"{isa} {instruction}", 0.0)
     if variant == "winograd":
-        bound *= 36 / 16
+        bound *= 72 / 24
     if variant == "popcount":
         bound /= levels.bit_length()
     if variant in ("events", "sliced"):
