@@ -98,7 +98,7 @@ DirectCodes::DirectCodes(const Conv& c, const Quantizer& q) {
     if (f.code(-most) > f.code(most)) f.sign = -1;
     const int64_t lowest = f.code(-most), highest = f.code(most);
     if (lowest == highest) {
-      b[o] = static_cast<int32_t>(lowest << scale);
+      b[o] = static_cast<int32_t>(lowest * (int64_t{1} << scale));
       continue;
     }
     if (!f.boundaries(lowest, highest, most, boundaries)) return;
