@@ -6,7 +6,8 @@
 // exactly if T(n) m + b >= n 2^S > (T(n) - 1) m + b for all n, because both sides never fall (where h leaps over codes, the n just
 // before and just after). For a given m these are bounds on b;
 // m is 2^S times the slope of h, or a neighbour of it. Sums outside are clipped to that range first. (x m + b) is computed modulo
-// 2^32, which changes nothing if it stays within -2^31 .. 2^31 - 1 at both ends of the range: two more bounds.
+// 2^32, which changes nothing if it stays within -2^31 .. 2^31 - 1 at both ends of the range: two more bounds, or closer ones where
+// the sums of a convolution end before codes reach lo or hi.
 #include "direct.h"
 
 #include <algorithm>
@@ -64,10 +65,11 @@ struct Output {  // one of a convolution's
   }
 };
 
-// b for the given m, and whether there is one.
-bool fit(const std::vector<Boundary>& boundaries, int scale, int64_t m, int64_t& b) {
-  const int64_t one = int64_t{1} << scale;
-  int64_t least = INT32_MIN - (boundaries.front().at - 1) * m, most = INT32_MAX - boundaries.back().at * m;
+// b for the given m, and whether there is one. The ends of the range must have their own codes, unless they are clipped to them.
+bool fit(const std::vector<Boundary>& boundaries, const Quantizer& q, int scale, int64_t m, int64_t& b) {
+  const int64_t one = int64_t{1} << scale, lowest = boundaries.front().before, highest = boundaries.back().after;
+  int64_t least = (lowest > q.lo ? lowest * one : INT32_MIN) - (boundaries.front().at - 1) * m;
+  int64_t most = (highest < q.hi ? (highest + 1) * one - 1 : INT32_MAX) - boundaries.back().at * m;
   for (const Boundary& n : boundaries) {
     least = std::max(least, n.after * one - n.at * m);
     most = std::min(most, (n.before + 1) * one - 1 - (n.at - 1) * m);
@@ -79,7 +81,7 @@ bool fit(const std::vector<Boundary>& boundaries, int scale, int64_t m, int64_t&
 }  // namespace
 
 DirectCodes::DirectCodes(const Conv& c, const Quantizer& q) {
-  const size_t taps = size_t(c.kernel_h) * c.kernel_w * c.group_channels(), padded = (size_t(c.outputs) + 63) / 64 * 64;
+  const size_t taps = size_t(c.kernel_h) * c.kernel_w * c.group_channels(), padded = (size_t(c.outputs) + 127) / 64 * 64;
   double steepest = 0;  // codes per sum
   for (int o = 0; o < c.outputs; ++o)
     steepest = std::max(steepest, std::ldexp(std::abs(double(c.m[o]) * q.m[q.per_channel ? o : 0]), -c.shift - q.shift));
@@ -108,7 +110,7 @@ DirectCodes::DirectCodes(const Conv& c, const Quantizer& q) {
     bool found = false;
     for (const int64_t near : {0, 1, -1, 2, -2, 3, -3}) {
       times = std::max<int64_t>(std::llround(slope) + near, 1);
-      if ((found = times < int64_t{1} << 31 && fit(boundaries, scale, times, bias))) break;
+      if ((found = times < int64_t{1} << 31 && fit(boundaries, q, scale, times, bias))) break;
     }
     if (!found) return;
     const int64_t from = boundaries.front().at - 1, to = boundaries.back().at;

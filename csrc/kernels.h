@@ -57,7 +57,8 @@ struct Quantizer {
 };
 
 // The same codes from the sums themselves, where no potential is wanted (direct.cc): a code is
-// clip((clip(acc, first, last) * m + b) >> shift, lo, hi), modulo 2^32, with numbers per output, in arrays rounded up to 64.
+// clip((clip(acc, first, last) * m + b) >> shift, lo, hi), modulo 2^32, with numbers per output, in arrays
+// that may be read 64 numbers beyond the last.
 struct Direct {
   int shift, lo, hi;
   const int32_t *first, *last, *m, *b;

@@ -304,6 +304,27 @@ def test_codes_straight_from_sums_are_the_definition(isa, lo, hi, slope):
     np.testing.assert_array_equal(codes.view(expected.dtype), expected)
 
 
+@pytest.mark.parametrize("isa", [s for s in SETS if s != "scalar"])
+@pytest.mark.parametrize("lo, hi", [(0, 1), (0, 6), (-9, 20), (-128, 127)])
+@pytest.mark.parametrize("groups", [1, 5])
+def test_codes_straight_from_few_sums_are_the_definition(isa, lo, hi, groups):
+    """Sums that end before the codes do: every input there is, of three bits a group."""
+    rng = np.random.default_rng(hi)
+    bits = np.array(np.meshgrid(*[[0, 1]] * 3)).reshape(3, 8).T.astype(np.uint8)
+    x = np.ascontiguousarray(np.tile(bits[:, None], (1, 1, groups)))
+    for _ in range(20):
+        w = rng.integers(-3, 4, (75, 1, 1, 3)).astype(np.int8)
+        m, b = rng.integers(-500, 500, 75).astype(np.int32), rng.integers(-1000, 1000, 75).astype(np.int32)
+        q, s = np.array([rng.integers(1, 60)], np.int32), int(rng.integers(0, 9))
+        pad = np.zeros(3 * groups, np.int16)
+        y = ops.conv(x[None, None], w, (1, 1), (0, 0), groups, pad, m, 2, b)[0, 0]
+        codes = np.empty(y.shape, np.uint8)
+        conv = _kernels.OneConv(isa, "dense", (8, 1), w, (1, 1), (0, 0), groups, pad, m, 2, b, (0, 1))
+        conv(x, (0, 8), None, None, [(q, s, lo, hi, codes)])
+        expected = ops.quantize(y[None, None], int(q[0]), s, lo, hi, "s8" if lo < 0 else "u8")[0, 0]
+        np.testing.assert_array_equal(codes.view(expected.dtype), expected)
+
+
 def spikes_or_counts(rng: np.random.Generator, shape: tuple[int, ...], most: int) -> np.ndarray:
     density = rng.choice([0.0, 0.15, 0.5, 1.0, -1.0])
     return draw(rng, shape, None if density < 0 else density, 0, min(most, int(rng.choice([1, 1, 4, 255]))))
