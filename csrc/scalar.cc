@@ -313,7 +313,10 @@ void describe_weights(Conv& c) {
     if (size & (size - 1)) c.weight_pow2 = false;
     if (size != 1) c.weight_bipolar = false;
   }
-  c.wide_tiles = may_support(Variant::winograd, c) && c.hi <= 7 && largest_wide(c) <= 127;
+  const int64_t weight = c.weight_hi > -c.weight_lo ? c.weight_hi : -c.weight_lo;
+  // Sums are 48 times as large before the last shift.
+  const bool small = c.hi <= 7 && 9 * weight * c.hi * c.channels < int64_t{1} << 25;
+  c.wide_tiles = may_support(Variant::winograd, c) && small && largest_wide(c) <= 127;
 }
 
 const char* variant_name(Variant v) {
