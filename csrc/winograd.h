@@ -15,7 +15,7 @@
 // way at most 21 times, but describe_weights looks at the weights themselves. V must fit into 8 bits: the sum or difference of two codes
 // less one of two lies in -126..126 for codes up to 63, at place (1, 1) the sum of four in 0..252; F(4, 3) along rows makes
 // -16 hi .. 10 hi of sums, so codes up to 7. Offsets of signed and of unsigned codes make of them what V::dot takes. Sums over
-// channels are 4 Y, or 48, 24 and 12 Y, after A on both sides, without a remainder; may_support bounds them.
+// channels are 4 Y, or 48, 24 and 12 Y, after A on both sides, without a remainder; may_support and describe_weights bound them.
 //
 // Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2015, sections 4.1 and 4.2 (with row 2 of B' of F(2, 3) as there).
 #pragma once
