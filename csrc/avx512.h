@@ -196,6 +196,34 @@ struct Avx512 {
     _mm512_storeu_si512(p, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high));
     _mm512_storeu_si512(p + 32, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high));
   }
+  // Neurons on sums: lif_sums.h.
+  static constexpr bool kSums = true;
+  using F32 = __m512;
+  static void store_s16(int16_t* p, I32 v, int lanes) {
+    const __m256i narrow = _mm512_cvtepi32_epi16(v);
+    if (lanes >= kLanes) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+    else _mm256_mask_storeu_epi16(p, mask(lanes), narrow);
+  }
+  static I32 widen_s16(const int16_t* p, int lanes) {
+    return lanes == kLanes ? widen_s16(p) : _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(mask(lanes), p));
+  }
+  static F32 floats(I32 v) { return _mm512_cvtepi32_ps(v); }
+  static F32 load_floats(const float* p) { return _mm512_loadu_ps(p); }
+  static F32 splat_float(float v) { return _mm512_set1_ps(v); }
+  static F32 multiply_add(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+  static F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+  static F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+  static F32 clip(F32 v, F32 lo, F32 hi) { return _mm512_min_ps(_mm512_max_ps(v, lo), hi); }
+  static I32 whole(F32 v) { return _mm512_cvttps_epi32(v); }
+  struct Lookup {  // of 32 numbers
+    F32 low, high;
+    explicit Lookup(const float* p) : low(_mm512_loadu_ps(p)), high(_mm512_loadu_ps(p + 16)) {}
+    F32 operator()(I32 at) const { return _mm512_permutex2var_ps(low, at, high); }
+  };
+  static F32 zero_where(__mmask16 where, F32 v) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(~where), v); }
+  static F32 sub_where(__mmask16 where, F32 a, F32 b) { return _mm512_mask_sub_ps(a, where, a, b); }
+  static __mmask16 above(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static __mmask16 not_below(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
   static I32 widen_s16(const int16_t* p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static constexpr bool kCarrySave = true;
   static I32 majority(I32 a, I32 b, I32 c) { return _mm512_ternarylogic_epi32(a, b, c, 0xe8); }
@@ -203,14 +231,35 @@ struct Avx512 {
   // What 64 outputs count, in planes of bits `kStep` bytes apart, least output first.
   template <size_t kStep>
   static void count_planes(const uint8_t* from, int planes, I32* count) {
-    __m512i sum[2] = {zero(), zero()}, place = _mm512_set1_epi16(1);
+    I32 pairs[2];
+    count_pairs<kStep>(from, planes, pairs);
+    for (int i = 0; i < 2; ++i) widen_u16(pairs[i], count + 2 * i);
+  }
+  // Twice the counts, less the number of events.
+  template <size_t kStep>
+  static void sums_of_planes(const uint8_t* from, int planes, int32_t events, int16_t* to, int outputs) {
+    I32 pairs[2];
+    count_pairs<kStep>(from, planes, pairs);
+    store_sums(pairs, events, to, outputs);
+  }
+  static void store_sums(const I32* pairs, int32_t events, int16_t* to, int outputs) {
+    const I32 all = _mm512_set1_epi16(static_cast<short>(events));
+    const uint64_t there = outputs >= 64 ? ~uint64_t{0} : (uint64_t{1} << outputs) - 1;
+    for (int i = 0; i < 2; ++i)
+      _mm512_mask_storeu_epi16(to + 32 * i, static_cast<__mmask32>(there >> 32 * i),
+                               _mm512_sub_epi16(_mm512_add_epi16(pairs[i], pairs[i]), all));
+  }
+  // In 16 bits.
+  template <size_t kStep>
+  static void count_pairs(const uint8_t* from, int planes, I32* sum) {
+    sum[0] = sum[1] = zero();
+    __m512i place = _mm512_set1_epi16(1);
     for (int p = 0; p < planes; ++p, from += kStep) {
       uint32_t bits[2];
       memcpy(bits, from, 8);
       for (int i = 0; i < 2; ++i) sum[i] = _mm512_mask_add_epi16(sum[i], bits[i], sum[i], place);
       place = _mm512_add_epi16(place, place);
     }
-    for (int i = 0; i < 2; ++i) widen_u16(sum[i], count + 2 * i);
   }
   static void widen_u16(__m512i v, I32* to) {
     to[0] = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(v));

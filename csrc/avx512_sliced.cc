@@ -12,6 +12,20 @@ struct Avx512Sliced : Avx512 {
   // of the others, so that unpacking puts all in order.
   template <size_t kStep>
   static void count_planes(const uint8_t* from, int planes, I32* count) {
+    I32 pairs[2];
+    count_pairs<kStep>(from, planes, pairs);
+    widen_u16(pairs[0], count);
+    widen_u16(pairs[1], count + 2);
+  }
+  template <size_t kStep>
+  static void sums_of_planes(const uint8_t* from, int planes, int32_t events, int16_t* to, int outputs) {
+    I32 pairs[2];
+    count_pairs<kStep>(from, planes, pairs);
+    store_sums(pairs, events, to, outputs);
+  }
+  // In 16 bits.
+  template <size_t kStep>
+  static void count_pairs(const uint8_t* from, int planes, I32* pairs) {
     static_assert(kStep == 16, "planes of a lane");
     alignas(64) static constexpr uint8_t kMatrices[64] = {
         112, 96, 80, 64, 48, 32, 16, 0, 116, 100, 84, 68, 52, 36, 20, 4, 113, 97, 81, 65, 49, 33, 17, 1, 117, 101, 85, 69, 53, 37, 21, 5,
@@ -24,8 +38,8 @@ struct Avx512Sliced : Avx512 {
       return _mm512_gf2p8affine_epi64_epi8(unit, m, 0);
     };
     const __m512i low = bytes(from, planes), high = planes > 8 ? bytes(from + 8 * kStep, planes - 8) : zero();
-    widen_u16(_mm512_unpacklo_epi8(low, high), count);
-    widen_u16(_mm512_unpackhi_epi8(low, high), count + 2);
+    pairs[0] = _mm512_unpacklo_epi8(low, high);
+    pairs[1] = _mm512_unpackhi_epi8(low, high);
   }
 };
 

@@ -25,6 +25,7 @@ template <class T, size_t N>
 using Array = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using Numbers = Array<int32_t, 1>;
 using Quantize = std::tuple<int, Numbers, int, int, int>;  // value, m, s, lo, hi
+using ScaledCodes = std::tuple<int, int, int, int>;        // m, s, b, hi
 
 std::vector<int32_t> copy(const Numbers& x) { return {x.data(), x.data() + x.size()}; }
 
@@ -51,7 +52,7 @@ class Builder {
   }
 
   void conv(int x, Array<int8_t, 4> weight, Pair stride, Pair padding, int groups, Array<int16_t, 1> pad_value, Numbers m,
-            int shift, Numbers b, Pair range, int residual, int out, std::vector<Quantize> codes) {
+            int shift, Numbers b, Pair range, int residual, int out, std::vector<Quantize> codes, ScaledCodes scaled) {
     const Value& v = at(x);
     require(v.kind != Kind::i32 && v.where != Value::Where::tile, "a convolution reads whole images of codes");
     const size_t outputs = weight.shape(0);
@@ -68,7 +69,7 @@ class Builder {
     c.weight = weight.data(), c.pad_value = pad_value.data(), c.m = m.data(), c.b = b.data();
     keep_.push_back(nb::cast(weight)), keep_.push_back(nb::cast(pad_value));
     keep_.push_back(nb::cast(m)), keep_.push_back(nb::cast(b));
-    plan_.conv(x, c, finish_of(residual, out, codes, int(outputs)));
+    plan_.conv(x, c, finish_of(residual, out, codes, int(outputs), scaled));
   }
 
   void finish(int x, int residual, int out, std::vector<Quantize> codes) {
@@ -235,6 +236,7 @@ class Builder {
         if (l.able[v]) able.append(variant_name(static_cast<Variant>(v)));
       nb::dict d;
       d["stage"] = l.stage, d["variant"] = variant_name(l.variant), d["able"] = able;
+      d["summed"] = l.summed;
       d["density"] = l.density < 0 ? nb::none() : nb::object(nb::float_(l.density));
       d["load"] = l.load < 0 ? nb::none() : nb::object(nb::float_(l.load));
       list.append(d);
@@ -269,12 +271,17 @@ class Builder {
             "x and y must have the same shape, and y another kind");
   }
 
-  Finish finish_of(int residual, int out, const std::vector<Quantize>& codes, int channels) const {
+  // A residual of codes is for convolutions: only those get numbers to multiply it with.
+  Finish finish_of(int residual, int out, const std::vector<Quantize>& codes, int channels, ScaledCodes scaled = {0, 0, 0, -1}) const {
     require(codes.size() <= 2, "at most two quantizers");
     Finish f;
     f.residual = residual, f.out = out;
-    for (const int i : {residual, out})
-      require(i == -1 || (at(i).kind == Kind::i32 && at(i).channels == channels), "bad potentials");
+    const auto [m, shift, b, hi] = scaled;
+    f.scaled = {m, b, shift, hi};
+    const Kind kind = residual == -1 || hi < 0 ? Kind::i32 : Kind::u8;
+    require(residual == -1 || (at(residual).kind == kind && at(residual).channels == channels && shift >= 0 && shift <= 62),
+            "bad residual");
+    require(out == -1 || (at(out).kind == Kind::i32 && at(out).channels == channels), "bad potentials");
     for (const Quantize& q : codes) {
       const auto& [value, m, shift, lo, hi] = q;
       const bool is_signed = at(value).kind == Kind::s8;
@@ -318,7 +325,8 @@ void bind_plan(nb::module_& m) {
       .def("value", &Builder::value, "kind"_a, "where"_a, "steps_channels"_a, "size"_a, "offset"_a)
       .def("stage", &Builder::stage, "size"_a, "parts"_a)
       .def("conv", &Builder::conv, "x"_a, "weight"_a.noconvert(), "stride"_a, "padding"_a, "groups"_a,
-           "pad_value"_a.noconvert(), "m"_a.noconvert(), "s"_a, "b"_a.noconvert(), "range"_a, "residual"_a, "out"_a, values)
+           "pad_value"_a.noconvert(), "m"_a.noconvert(), "s"_a, "b"_a.noconvert(), "range"_a, "residual"_a, "out"_a, values,
+           "scaled"_a = ScaledCodes{0, 0, 0, -1})
       .def("finish", &Builder::finish, "x"_a, "residual"_a, "out"_a, values)
       .def("affine", &Builder::affine, "x"_a, "m"_a.noconvert(), "b"_a.noconvert(), "s"_a, "y"_a)
       .def("lookup", &Builder::lookup, "x"_a, "table"_a.noconvert(), "y"_a)

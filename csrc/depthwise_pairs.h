@@ -18,7 +18,7 @@ bool pairs_fit(const Conv& c) {
   if (!V::kPairs || c.stride_h != 1 || c.stride_w != 1) return false;
   if ((c.kernel_w != 3 && c.kernel_w != 5 && c.kernel_w != 7) || c.kernel_h < 2 || c.kernel_h > 2 * kMostPairs) return false;
   if (c.channels < V::kBytes - V::kBytes / 4) return false;  // most of a vector would be empty
-  const int64_t weight = c.weight_hi > -c.weight_lo ? c.weight_hi : -c.weight_lo, code = c.kind == Kind::s8 ? 255 : c.hi;
+  const int64_t weight = c.most_weight(), code = c.kind == Kind::s8 ? 255 : c.hi;
   return c.kernel_h * c.kernel_w * weight * code <= INT16_MAX;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 #include "attention.h"
 #include "events.h"
+#include "lif_sums.h"
 #include "sliced.h"
 #include "winograd.h"
 #include "maps.h"
@@ -18,8 +19,10 @@ template <class V>
 void quantize(const int32_t* x, size_t rows, size_t channels, const int32_t* m, bool per_channel, int shift, int32_t lo,
               int32_t hi, bool, void* y) {
   // u8 and s8 differ in lo and hi only: the low byte of the clipped code is the code in both.
-  const Quantizer quantizer = {m, per_channel, shift, lo, hi};
-  finish<V>(x, rows, channels, {nullptr, nullptr, {quantizer, {}}, {static_cast<uint8_t*>(y), nullptr}, {}, nullptr});
+  Epilogue e{};
+  e.quantizer[0] = {m, per_channel, shift, lo, hi};
+  e.codes[0] = static_cast<uint8_t*>(y);
+  finish<V>(x, rows, channels, e);
 }
 
 template <class V, class Load>
@@ -150,7 +153,8 @@ constexpr Kernels kernels(const char* name, ConvKernel popcount, ConvKernel slic
           mean,
           lif<V>,
           lif_packed<V>,
-          ielif<V>,
+          sums_kernel<V>(),
+                    ielif<V>,
           lookup,
           true,
           spin<V>};

@@ -107,10 +107,14 @@ inline const Quantizer& used_quantizer(const Epilogue& e, int k) {
   return e.codes[k] ? e.quantizer[k] : kNone;
 }
 
+// What Requantize makes of sums for an epilogue.
+enum class Made { potentials, codes, sums };
+
 // Any epilogue, after any convolution.
 template <class V>
 struct FinishAny {
-  static constexpr bool kFits = false, kDirect = false;
+  static constexpr bool kFits = false;
+  static constexpr Made kMade = Made::potentials;
   const Epilogue& e;
   QuantizeVector<V> first, second;
 
@@ -130,7 +134,8 @@ struct FinishAny {
 template <class V, bool kResidual, bool kOut, bool kCodes, int kForm>
 struct FinishUsual {
   using Quantize = QuantizeVector<V>;
-  static constexpr bool kFits = true, kDirect = false;
+  static constexpr bool kFits = true;
+  static constexpr Made kMade = Made::potentials;
   const int32_t* residual;
   int32_t* out;
   uint8_t* codes;
@@ -150,11 +155,22 @@ struct FinishUsual {
 // Codes that Requantize makes of the sums.
 template <class V>
 struct FinishDirect {
-  static constexpr bool kFits = true, kDirect = true;
+  static constexpr bool kFits = true;
+  static constexpr Made kMade = Made::codes;
   const Direct direct;  // a copy, for the compiler to know that no code that is stored changes it
   uint8_t* codes;
 
   void operator()(size_t i, size_t, int lanes, typename V::I32 code) const { V::store_codes(codes + i, code, lanes); }
+};
+
+// The sums themselves.
+template <class V>
+struct FinishSums {
+  static constexpr bool kFits = true;
+  static constexpr Made kMade = Made::sums;
+  int16_t* sums;
+
+  void operator()(size_t i, size_t, int lanes, typename V::I32 sum) const { V::store_s16(sums + i, sum, lanes); }
 };
 
 // Calls body(finish) with the most special of the above that fits. `fits`: requantizing the accumulators, bias and all,
@@ -162,6 +178,8 @@ struct FinishDirect {
 template <class V, class Body>
 void with_finish(const Epilogue& e, size_t channels, bool fits, Body body) {
   using Form = typename QuantizeVector<V>::Form;
+  if constexpr (V::kSums)
+    if (e.sums) return body(FinishSums<V>{e.sums});
   if (e.direct) return body(FinishDirect<V>{*e.direct, e.codes[0]});
   if (!fits || e.codes[1]) return body(FinishAny<V>(e, channels));
   const QuantizeVector<V> q(used_quantizer(e, 0), channels);
@@ -188,7 +206,7 @@ void with_finish(const Epilogue& e, size_t channels, bool fits, Body body) {
 // output, from the weights and the range of the codes. Called when weights are packed.
 inline bool requant_fits(const Conv& c) {
   const size_t taps = static_cast<size_t>(c.kernel_h) * c.kernel_w * c.group_channels();
-  const int64_t code = c.hi > -c.lo ? c.hi : -c.lo;
+  const int64_t code = c.most_code();
   for (int o = 0; o < c.outputs; ++o) {
     const int8_t* w = c.weight + o * taps;
     int64_t sum = 0;
@@ -204,7 +222,7 @@ inline bool requant_fits(const Conv& c) {
 }
 
 // What makes of the accumulators of kLanes outputs, the first of which is `channel`, what `Finish` takes: potentials.
-template <class V, class Finish, bool kDirect = Finish::kDirect>
+template <class V, class Finish, Made kMade = Finish::kMade>
 struct Requantize {
   typename V::Factor m, wide;
   typename V::I32 b;
@@ -218,7 +236,7 @@ struct Requantize {
 
 // Codes.
 template <class V, class Finish>
-struct Requantize<V, Finish, true> {
+struct Requantize<V, Finish, Made::codes> {
   typename V::I32 first, last, m, b;
   int shift, lo, hi;
 
@@ -230,6 +248,13 @@ struct Requantize<V, Finish, true> {
     const typename V::I32 x = V::smaller(V::larger(acc, first), last);
     return V::clip(V::shift_right(V::add(V::multiply(x, m), b), shift), lo, hi);
   }
+};
+
+// Nothing.
+template <class V, class Finish>
+struct Requantize<V, Finish, Made::sums> {
+  Requantize(const Finish&, size_t, const int32_t*, const int32_t*) {}
+  typename V::I32 operator()(typename V::I32 acc, const typename V::Scale&) const { return acc; }
 };
 
 // Codes are counted where they were written: bytes are read 4 times faster than potentials are tested.

@@ -36,6 +36,8 @@ struct Conv {
 
   int group_channels() const { return channels / groups; }
   int group_outputs() const { return outputs / groups; }
+  int most_code() const { return hi > -lo ? hi : -lo; }
+  int most_weight() const { return weight_hi > -weight_lo ? weight_hi : -weight_lo; }
   bool depthwise() const { return groups == channels && outputs == channels; }
   int bit_planes() const {  // of the input's codes, which are u8
     int planes = 1;
@@ -75,6 +77,7 @@ struct Epilogue {
   uint8_t* codes[2];
   size_t* nonzero[2];
   const Direct* direct;  // what a convolution may do instead: codes[0] is all there is to write. Or nullptr
+  int16_t* sums;         // what a convolution does instead of everything else: it writes its sums, which fit. Or nullptr
 };
 
 // The ways to compute one convolution. All that support it give the same integers.
@@ -165,6 +168,39 @@ struct PackedLif {
   const Buckets* buckets;  // of the table, or nullptr
 };
 
+// Potentials that are codes times a number: sat32(rshift(code * m, s) + b), codes up to `hi`.
+struct Scaled {
+  int32_t m, b;
+  int shift, hi;
+};
+
+// A neuron that reads sums of a convolution in place of its potentials: rational numbers decide, except where they are too near
+// the threshold to tell. Numbers that `LifOfSums` (lif_of_sums.cc) has proved; lif_sums.h has the kernel.
+struct SumsLif {
+  static constexpr int kMostSteps = 16, kPieces = 32;
+  PackedLif exact;            // of the potentials that m, b and shift make of sums
+  const int32_t *m, *b;       // [outputs]
+  int shift;
+  const float *scale, *bias;  // [outputs], and 64 more: the drive is about sum * scale + bias
+  float residual, furthest;   // and about so much times the residual; how far that may be from 0, if it is potentials
+  Scaled scaled;              // of a residual of codes
+  float decay, amount;
+  float below, above;         // less than `below` does surely not fire, more than `above` surely does
+  float below_first, above_first;  // the same at the first step, when nothing is stored yet
+  const float* pieces;        // [kPieces] values at 0, then slopes: what is left of a stored potential where there is a table
+  float first, last;          // the line that is cut into pieces; potential v lies in piece v * per + offset
+  float per, offset;
+};
+
+// What it reads, [steps, pixels, channels] each, and from step to step. A residual, or codes that are one, or neither.
+struct Drives {
+  const int16_t* sums;
+  size_t sums_step;
+  const int32_t* residual;
+  const uint8_t* codes;
+  size_t residual_step;
+};
+
 struct IeLif {
   int32_t decay_m;
   int decay_s, levels, fraction_bits, steps;
@@ -199,6 +235,7 @@ struct Kernels {
   // Element i of step t is x[t * x_stride + i]; y[t * y_stride + i]. x_stride = 0 repeats one step.
   void (*lif)(const Lif&, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride);
   void (*lif_packed)(const PackedLif&, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride);
+  void (*lif_sums)(const SumsLif&, const Drives&, size_t pixels, size_t channels, uint8_t* y, size_t y_stride);  // or nullptr
   void (*ielif)(const IeLif&, const int32_t* x, size_t count, size_t x_stride, uint8_t* y, size_t y_stride);
   // table: [channels, 256]
   void (*lookup)(const uint8_t* x, size_t rows, size_t channels, const int8_t* table, int8_t* y);

@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "plan_parts.h"
 
 #include <algorithm>
 #include <chrono>
@@ -10,7 +10,6 @@
 #include <thread>
 
 #include "choice.h"
-#include "direct.h"
 #include "pool.h"
 
 namespace bitspike {
@@ -50,19 +49,6 @@ struct Plan::Stage {
   size_t unit_bytes = 0;     // read and written per part, or per position
   size_t local_bytes = 0;    // of scratch per position
   std::vector<Step> steps;
-};
-
-struct Plan::Layered {
-  Conv conv;
-  int stage, input;
-  int forced = -1;
-  std::optional<Codes> only;  // all that its epilogue writes
-  DirectCodes direct;
-  std::atomic<const Direct*> direct_ready{nullptr};
-  std::array<bool, kVariants> able{};
-  bool choice;  // more than one variant is able
-  std::array<Memory, kVariants> packed;
-  std::array<std::atomic<bool>, kVariants> ready{};
 };
 
 struct Plan::Workspace {
@@ -106,6 +92,7 @@ int Plan::value(const Value& v) {
   values_.push_back(v);
   density_.push_back(-1);
   counted_.push_back(-1);
+  mentioned_.push_back(0);
   return static_cast<int>(values_.size()) - 1;
 }
 
@@ -120,6 +107,7 @@ void Plan::add(Step step, std::initializer_list<int> operands) {
   s.steps.push_back(std::move(step));
   for (const int i : operands) {
     if (i < 0) continue;
+    ++mentioned_[i];
     const Value& v = values_[i];
     const size_t bytes = v.steps * v.position_bytes();
     s.unit_bytes += s.parts ? bytes * v.positions() / s.parts : bytes;
@@ -140,10 +128,20 @@ char* Plan::place(const Value& v, const Group& g, const Tile& tile, size_t capac
   return s.tile.get(0) + v.offset * capacity + t * capacity * v.position_bytes();
 }
 
-Epilogue Plan::epilogue(const Finish& f, const Group& g, const Tile& tile, size_t capacity, Scratch& s, int step) const {
+Epilogue Plan::epilogue(const Finish& f, const Group& g, const Tile& tile, size_t capacity, Scratch& s, int step,
+                        bool summed) const {
   Epilogue e{};
-  if (f.residual >= 0)
-    e.residual = reinterpret_cast<int32_t*>(place(values_[f.residual], g, tile, capacity, s, step));
+  if (f.residual >= 0) {
+    const Value& r = values_[f.residual];
+    const char* from = place(r, g, tile, capacity, s, step);
+    e.residual = reinterpret_cast<const int32_t*>(from);
+    if (r.kind == Kind::u8) {
+      const size_t count = tile.count * r.channels;
+      int32_t* to = reinterpret_cast<int32_t*>(s.residual.get(count * sizeof(int32_t)));
+      if (!summed) kernels_.affine(r.kind, from, 1, count, &f.scaled.m, &f.scaled.b, false, f.scaled.shift, to);
+      e.residual = to;
+    }
+  }
   if (f.out >= 0) e.out = reinterpret_cast<int32_t*>(place(values_[f.out], g, tile, capacity, s, step));
   for (size_t i = 0; i < f.codes.size(); ++i) {
     const Codes& c = f.codes[i];
@@ -161,6 +159,8 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
   layer.conv = given;
   layer.stage = stages() - 1;
   layer.input = x;
+  layer.residual = f.residual, layer.scaled = f.scaled;
+  if (f.out >= 0 && f.codes.empty() && values_[f.out].where == Value::Where::tile) layer.out = f.out;
   const Stage& stage = *stages_.back();
   Conv& c = layer.conv;
   c.height = values_[x].height, c.width = values_[x].width;
@@ -189,8 +189,10 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
       const char* from = flat ? place(values_[x], g, tile, capacity, s, t) : image(values_[x], g, tile.image, t);
       const size_t all = values_[x].positions() * unit;  // with padding, the last rows may read none of it
       if (layer.choice && skipped < all) look(from + skipped, std::min(read, all - skipped), s.sample[index]);
-      Epilogue e = epilogue(f, g, tile, capacity, s, t);
+      const bool summed = layer.sums.get();
+      Epilogue e = epilogue(f, g, tile, capacity, s, t, summed);
       e.direct = layer.direct_ready.load(std::memory_order_acquire);
+      if (summed) e.sums = reinterpret_cast<int16_t*>(e.out);
       k.run(c, packed, from, row0, row1, e, scratch);
     }
   };
@@ -212,6 +214,8 @@ void Plan::finish(int x, const Finish& f) {
 
 void Plan::done(int output, float scale, size_t arena_bytes) {
   output_ = output, scale_ = scale, arena_bytes_ = arena_bytes;
+  for (const auto& prepare : neurons_) prepare();
+  neurons_.clear();
 }
 
 // ------------------------------------------------------------------------------------------------------ running
@@ -428,7 +432,7 @@ std::vector<Plan::Layer> Plan::layers() {
   std::lock_guard<std::mutex> lock(mutex_);
   std::vector<Layer> layers;
   for (size_t i = 0; i < layers_.size(); ++i) {
-    layers.push_back({layers_[i]->stage, variants[i], layers_[i]->able, density_[layers_[i]->input], load_[i]});
+    layers.push_back({layers_[i]->stage, variants[i], layers_[i]->able, layers_[i]->sums.get() != nullptr, density_[layers_[i]->input], load_[i]});
   }
   return layers;
 }

@@ -48,7 +48,7 @@ struct Sample {
 };
 
 struct Scratch {  // of one thread
-  Memory tile, kernel;
+  Memory tile, kernel, residual;
   std::vector<size_t> nonzero;  // by value
   std::vector<Sample> sample;   // by convolution
 };
@@ -71,6 +71,7 @@ struct Codes {
 // What follows potentials x: y = x + residual, kept as `out`, quantized into codes[0] and codes[1]; -1 is none.
 struct Finish {
   int residual = -1, out = -1;
+  Scaled scaled{};  // of a residual of codes
   std::vector<Codes> codes;
 };
 
@@ -121,6 +122,7 @@ class Plan {
     int stage;
     Variant variant;                  // the one the next call takes
     std::array<bool, kVariants> able;
+    bool summed;          // its one reader is a neuron that reads sums
     float density, load;  // of its input in the calls so far: share that is not 0, mean code; negative: not known
   };
   std::vector<Layer> layers();
@@ -136,9 +138,8 @@ class Plan {
   char* place(const Value&, const Group&, const Tile&, size_t capacity, Scratch&, int step) const;
   char* image(const Value&, const Group&, size_t image, int step) const;
   void add(Step, std::initializer_list<int> operands);
-  template <class Kernel>  // (potentials, how many, from step to step, spikes, from step to step)
-  void neuron(int x, int y, Kernel);
-  Epilogue epilogue(const Finish&, const Group&, const Tile&, size_t capacity, Scratch&, int step) const;
+  // summed: sums are written instead, and no residual is read.
+  Epilogue epilogue(const Finish&, const Group&, const Tile&, size_t capacity, Scratch&, int step, bool summed = false) const;
   void run_tile(const Stage&, const Group&, size_t index, size_t tiles, size_t units, Scratch&) const;
   size_t tiles(const Stage&, size_t images, int threads) const;
   void run_group(const Group&, int first, int last, int threads, Workspace&, double* seconds) const;
@@ -153,6 +154,8 @@ class Plan {
   std::vector<Value> values_;
   std::vector<std::unique_ptr<Stage>> stages_;
   std::vector<std::unique_ptr<Layered>> layers_;
+  std::vector<int> mentioned_;  // by value: how often steps read or write it
+  std::vector<std::function<void()>> neurons_;  // what `done` does for those that may read sums
   std::vector<int> counted_;  // by value: the stage that counts its codes that are not 0; -1: none
   int output_ = -1;
   float scale_ = 1;

@@ -1,5 +1,5 @@
 // The steps of a plan that are no convolution: which kernel does each, on which part of its operands. (`upsample`: upsample.cc.)
-#include "plan.h"
+#include "plan_parts.h"
 
 namespace bitspike {
 namespace {
@@ -32,29 +32,18 @@ void Plan::lookup(int x, const int8_t* table, int y) {
   add(run, {x, y});
 }
 
-template <class Kernel>
-void Plan::neuron(int x, int y, Kernel kernel) {
-  const auto run = [this, x, y, kernel](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+void Plan::lif(int x, const Lif& p, int y) { lif_packed(x, {p, p.threshold, nullptr, 0, nullptr}, {}, y); }
+
+void Plan::ielif(int x, const IeLif& p, int y) {
+  const auto run = [this, x, y, p](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
     const Value &vx = values_[x], &vy = values_[y];
     const char* from = place(vx, g, tile, capacity, s, 0);
     char* to = place(vy, g, tile, capacity, s, 0);
-    kernel(reinterpret_cast<const int32_t*>(from), tile.count * vx.channels,
-           stride(vx, from, place(vx, g, tile, capacity, s, 1)), reinterpret_cast<uint8_t*>(to),
-           stride(vy, to, place(vy, g, tile, capacity, s, 1)));
+    kernels_.ielif(p, reinterpret_cast<const int32_t*>(from), tile.count * vx.channels,
+                   stride(vx, from, place(vx, g, tile, capacity, s, 1)), reinterpret_cast<uint8_t*>(to),
+                   stride(vy, to, place(vy, g, tile, capacity, s, 1)));
   };
   add(run, {x, y});
-}
-
-void Plan::lif(int x, const Lif& p, int y) {
-  neuron(x, y, [this, p](const int32_t* from, size_t count, size_t step, uint8_t* to, size_t out_step) {
-    kernels_.lif(p, from, count, step, to, out_step);
-  });
-}
-
-void Plan::ielif(int x, const IeLif& p, int y) {
-  neuron(x, y, [this, p](const int32_t* from, size_t count, size_t step, uint8_t* to, size_t out_step) {
-    kernels_.ielif(p, from, count, step, to, out_step);
-  });
 }
 
 void Plan::lif_packed(int x, const PackedLif& given, std::vector<int32_t> table, int y) {
@@ -71,9 +60,35 @@ void Plan::lif_packed(int x, const PackedLif& given, std::vector<int32_t> table,
   p.buckets = make_buckets(p.table, p.entries, kept->words.empty() ? nullptr : kept->words.data(), &kept->buckets)
                   ? &kept->buckets
                   : nullptr;
-  neuron(x, y, [this, kept](const int32_t* from, size_t count, size_t step, uint8_t* to, size_t out_step) {
-    kernels_.lif_packed(kept->p, from, count, step, to, out_step);
-  });
+  // The convolution that made the potentials, and its sums if nobody else wants the potentials: that is not known before `done`.
+  Layered* made = layers_.empty() || layers_.back()->stage != stages() - 1 || layers_.back()->out != x ? nullptr : layers_.back().get();
+  if (made && kernels_.lif_sums)
+    neurons_.push_back([this, made, kept, x] {
+      if (mentioned_[x] != 2) return;
+      const bool codes = made->residual >= 0 && values_[made->residual].kind == Kind::u8;
+      made->sums = LifOfSums(made->conv, kept->p, made->residual >= 0 && !codes, codes ? &made->scaled : nullptr);
+    });
+  const auto run = [this, made, kept, x, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+    const Value &vx = values_[x], &vy = values_[y];
+    const char* from = place(vx, g, tile, capacity, s, 0);
+    char* to = place(vy, g, tile, capacity, s, 0);
+    const size_t step = stride(vx, from, place(vx, g, tile, capacity, s, 1)), out_step = stride(vy, to, place(vy, g, tile, capacity, s, 1));
+    uint8_t* spikes = reinterpret_cast<uint8_t*>(to);
+    if (!made || !made->sums.get()) {
+      kernels_.lif_packed(kept->p, reinterpret_cast<const int32_t*>(from), tile.count * vx.channels, step, spikes, out_step);
+      return;
+    }
+    Drives in{reinterpret_cast<const int16_t*>(from), 2 * step, nullptr, nullptr, 0};
+    if (made->residual >= 0) {
+      const Value& r = values_[made->residual];
+      const char* first = place(r, g, tile, capacity, s, 0);
+      in.residual_step = stride(r, first, place(r, g, tile, capacity, s, 1));
+      if (r.kind == Kind::u8) in.codes = reinterpret_cast<const uint8_t*>(first);
+      else in.residual = reinterpret_cast<const int32_t*>(first);
+    }
+    kernels_.lif_sums(*made->sums.get(), in, tile.count, vx.channels, spikes, out_step);
+  };
+  add(run, {x, y});
 }
 
 void Plan::mean_time(int x, int32_t m, int y) {

@@ -280,7 +280,7 @@ void scalar_lookup(const uint8_t* x, size_t rows, size_t channels, const int8_t*
 
 // The largest weight of a wide tile of winograd, 3x3 weights.
 static int largest_wide(const Conv& c) {
-  if (21 * (c.weight_hi > -c.weight_lo ? c.weight_hi : -c.weight_lo) <= 127) return 127;
+  if (21 * c.most_weight() <= 127) return 127;
   int largest = 0;
   for (int o = 0; o < c.outputs; ++o)
     for (int i = 0; i < c.channels; ++i) {
@@ -313,7 +313,7 @@ void describe_weights(Conv& c) {
     if (size & (size - 1)) c.weight_pow2 = false;
     if (size != 1) c.weight_bipolar = false;
   }
-  const int64_t weight = c.weight_hi > -c.weight_lo ? c.weight_hi : -c.weight_lo;
+  const int64_t weight = c.most_weight();
   // Sums are 48 times as large before the last shift.
   const bool small = c.hi <= 7 && 9 * weight * c.hi * c.channels < int64_t{1} << 25;
   c.wide_tiles = may_support(Variant::winograd, c) && small && largest_wide(c) <= 127;
@@ -345,7 +345,7 @@ bool may_support(Variant v, const Conv& c) {
     case Variant::shift: return c.weight_pow2;
     case Variant::winograd: {
       const bool shape = c.groups == 1 && c.kernel_h == 3 && c.kernel_w == 3 && c.stride_h == 1 && c.stride_w == 1;
-      const int64_t weight = c.weight_hi > -c.weight_lo ? c.weight_hi : -c.weight_lo;
+      const int64_t weight = c.most_weight();
       // Sums are four times as large before the last shift.
       return shape && counts && c.hi <= 63 && 9 * weight <= 127 && 9 * weight * c.hi * c.channels < int64_t{1} << 29;
     }
@@ -371,6 +371,7 @@ constexpr Kernels kernels_scalar = {"scalar",
                                     scalar_mean,
                                     lif,
                                     scalar_lif_packed,
+                                    nullptr,
                                     ielif,
                                     scalar_lookup,
                                     false,

@@ -130,6 +130,15 @@ BITSPIKE_INLINE typename V::I32 add_group(const uint8_t* weight, const uint16_t*
   return eights;
 }
 
+// Sixteen rows into planes 0 to 3.
+template <class V>
+BITSPIKE_INLINE typename V::I32 add_groups(const uint8_t* weight, const uint16_t* list, typename V::I32* plane) {
+  const typename V::I32 some = add_group<V>(weight, list, plane), more = add_group<V>(weight, list + kGroup, plane);
+  typename V::I32 carry;
+  plane[3] = full_adder<V>(some, more, plane[3], carry);
+  return carry;
+}
+
 // Adds a row of bits to the planes from `kFrom` on.
 template <class V, int kPlanes, int kFrom>
 BITSPIKE_INLINE void carry_on(typename V::I32* plane, typename V::I32 carry) {
@@ -152,11 +161,15 @@ void add_planes(const uint8_t* weight, const EventLists& lists, size_t count, si
     if (!kAcross)
       for (int p = 0; p < kPlanes; ++p) plane[p] = V::zero();
     const uint16_t *list = lists.strip + lists.positions[i], *end = lists.strip + lists.positions[i + 1];
-    for (; end - list >= static_cast<ptrdiff_t>(2 * kGroup); list += 2 * kGroup) {
-      const I32 some = add_group<V>(weight, list, plane), more = add_group<V>(weight, list + kGroup, plane);
-      I32 sixteens;
-      plane[3] = full_adder<V>(some, more, plane[3], sixteens);
-      carry_on<V, kPlanes, 4>(plane, sixteens);
+    for (; end - list >= static_cast<ptrdiff_t>(4 * kGroup); list += 4 * kGroup) {
+      const I32 some = add_groups<V>(weight, list, plane), more = add_groups<V>(weight, list + 2 * kGroup, plane);
+      I32 carry;
+      plane[4] = full_adder<V>(some, more, plane[4], carry);
+      carry_on<V, kPlanes, 5>(plane, carry);
+    }
+    if (end - list >= static_cast<ptrdiff_t>(2 * kGroup)) {
+      carry_on<V, kPlanes, 4>(plane, add_groups<V>(weight, list, plane));
+      list += 2 * kGroup;
     }
     if (list < end) carry_on<V, kPlanes, 3>(plane, add_group<V>(weight, list, plane));
     if (!kAcross) {
@@ -199,6 +212,10 @@ void finish_planes(const SlicedPacking<V>& p, const uint8_t* from, int planes, c
     const One requantize[4] = {outputs_at(0), outputs_at(1), outputs_at(2), outputs_at(3)};
     size_t to = y + o;
     for (size_t i = 0; i < pixels; ++i, at += planes * p.plane_bytes(), to += outputs) {
+      if constexpr (Finish::kMade == Made::sums) {
+        V::template sums_of_planes<kPlane>(at, planes, events[i], write.sums + to, at_most(last - o, V::kBytes));
+        continue;
+      }
       typename V::I32 count[4];
       V::template count_planes<kPlane>(at, planes, count);
       const typename V::I32 all = V::splat(events[i]);

@@ -82,7 +82,7 @@ inline bool two_bits(const Conv& c) { return c.weight_lo >= -2 && c.weight_hi <=
 // The scaled accumulator must stay below 2^31 too.
 template <class V>
 bool narrow_supported(const Conv& c) {
-  const int64_t code = c.hi > -c.lo ? c.hi : -c.lo, weight = c.weight_hi > -c.weight_lo ? c.weight_hi : -c.weight_lo;
+  const int64_t code = c.most_code(), weight = c.most_weight();
   const int64_t products = int64_t{c.kernel_h} * c.kernel_w * c.group_channels();
   return may_support(Variant::narrow, c) && products * code * weight < int64_t{1} << (31 - V::template Narrow<2>::kScaleBits);
 }
@@ -124,14 +124,14 @@ void pad_rows(const Conv& c, const uint8_t* image, int first, int rows, int chan
 }
 
 // The sums of kPixels windows x (N * kLanes) outputs, [kPixels][N][kLanes]. x: the first code of each window; `row` codes between rows
-// of the window; `block` weights between vectors of outputs, outputs / start likewise. A function of its own, for its accumulators and
+// of the window; `block` weights and `start_step` first values between vectors of outputs. A function of its own, for its accumulators and
 // pointers to have a register each whatever follows.
 template <class V, int N>
 BITSPIKE_NOINLINE void tile_sums(const typename V::Code* const* x, size_t row, int kernel_h, size_t steps, const typename V::Weight* w,
-                                 size_t block, const int32_t* start, int32_t* sums) {
+                                 size_t block, const int32_t* start, size_t start_step, int32_t* sums) {
   typename V::I32 acc[V::kPixels][N];
   for (int n = 0; n < N; ++n) {
-    const typename V::I32 first = V::load(start + n * V::kLanes);
+    const typename V::I32 first = V::load(start + n * start_step);
     for (int i = 0; i < V::kPixels; ++i) acc[i][n] = first;
   }
   const typename V::Code *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3], *x4 = x[4], *x5 = x[5], *x6 = x[6], *x7 = x[7];
@@ -164,7 +164,7 @@ void conv_block(const Conv& c, const Packing<V>& p, const typename V::Code* cons
                 int pixels, const size_t* y, const Finish& write) {
   alignas(64) int32_t sums[V::kPixels * V::kVectors * V::kLanes];
   const auto run = vectors == 1 ? tile_sums<V, 1> : vectors == 2 ? tile_sums<V, 2> : tile_sums<V, V::kVectors>;
-  run(x, row, c.kernel_h, p.steps, p.weight + first / V::kLanes * p.block, p.block, p.start + first, sums);
+  run(x, row, c.kernel_h, p.steps, p.weight + first / V::kLanes * p.block, p.block, p.start + first, V::kLanes, sums);
   const int outputs = c.group_outputs();
   const typename V::Scale scale(c.shift);
   for (int n = 0; n < vectors; ++n) {

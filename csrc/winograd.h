@@ -19,7 +19,7 @@
 //
 // Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2015, sections 4.1 and 4.2 (with row 2 of B' of F(2, 3) as there).
 #pragma once
-#include "finish.h"
+#include "tiles.h"
 
 namespace bitspike {
 namespace {
@@ -230,36 +230,6 @@ struct WinogradTile {
   int rows, columns;
 };
 
-// The sums over `count` codes at one place for kPixels tiles, `tile` codes apart, x N vectors of outputs, `vector` weights apart. A function
-// of its own, for all its pointers to have a register each.
-template <class V, int N>
-BITSPIKE_NOINLINE void winograd_place(const typename V::Code* x, size_t tile, size_t count, const typename V::Weight* w, size_t vector,
-                                      const int32_t* start, size_t start_step, int32_t* sums) {
-  using I32 = typename V::I32;
-  I32 acc[V::kPixels][N];
-  for (int n = 0; n < N; ++n) {
-    const I32 first = V::load(start + n * start_step);
-    for (int i = 0; i < V::kPixels; ++i) acc[i][n] = first;
-  }
-  const typename V::Code *x1 = x + tile, *x2 = x1 + tile, *x3 = x2 + tile;
-  const typename V::Code *x4 = x3 + tile, *x5 = x4 + tile, *x6 = x5 + tile, *x7 = x6 + tile;
-  for (size_t k = 0; k < count; k += V::kUnit, w += V::kLanes * V::kUnit) {
-    I32 weights[N];
-    for (int n = 0; n < N; ++n) weights[n] = V::load_weights(w + n * vector);
-    const auto one = [&](I32* a, const typename V::Code* from) {
-      const I32 codes = V::broadcast(from + k);
-      for (int n = 0; n < N; ++n) a[n] = V::dot(a[n], codes, weights[n]);
-    };
-    one(acc[0], x), one(acc[1], x1), one(acc[2], x2), one(acc[3], x3);
-    if constexpr (V::kPixels > 4) one(acc[4], x4), one(acc[5], x5), one(acc[6], x6), one(acc[7], x7);
-  }
-  const auto put = [&](const I32* a) {
-    for (int n = 0; n < N; ++n, sums += V::kLanes) V::store(sums, a[n], V::kLanes);
-  };
-  put(acc[0]), put(acc[1]), put(acc[2]), put(acc[3]);
-  if constexpr (V::kPixels > 4) put(acc[4]), put(acc[5]), put(acc[6]), put(acc[7]);
-}
-
 // kPixels tiles x some vectors of outputs: products, sums over the channels, A on both sides, epilogue.
 template <class V, class T, class Finish>
 void winograd_block(const Conv& c, const WinogradPacking<V, T>& p, const WinogradScratch<V, T>& s, size_t block, size_t count,
@@ -267,13 +237,16 @@ void winograd_block(const Conv& c, const WinogradPacking<V, T>& p, const Winogra
   using I32 = typename V::I32;
   constexpr size_t kLanes = V::kLanes, kPlaces = T::kPlaces;
   const size_t place_step = V::kPixels * vectors * kLanes;
-  const auto run = vectors == 1 ? winograd_place<V, 1> : vectors == 2 ? winograd_place<V, 2> : winograd_place<V, V::kVectors>;
+  const auto run = vectors == 1 ? tile_sums<V, 1> : vectors == 2 ? tile_sums<V, 2> : tile_sums<V, V::kVectors>;
   const typename V::Code* x = s.tile(block);
   const typename V::Weight* weight = p.weight + vector * kPlaces * p.place;
   const int32_t* start = p.start + vector * kPlaces * kLanes;
-  for (size_t place = 0; place < kPlaces; ++place)
-    run(x + place * s.place, s.channels, s.channels, weight + place * p.place, kPlaces * p.place, start + place * kLanes,
-        kPlaces * kLanes, s.sums + place * place_step);
+  for (size_t place = 0; place < kPlaces; ++place) {
+    const typename V::Code* tile[8];
+    for (int i = 0; i < 8; ++i) tile[i] = x + place * s.place + i % V::kPixels * s.channels;
+    run(tile, 0, 1, s.channels / V::kUnit, weight + place * p.place, kPlaces * p.place, start + place * kLanes, kPlaces * kLanes,
+        s.sums + place * place_step);
+  }
   for (int n = 0; n < vectors; ++n) {
     const int o = static_cast<int>(vector + n) * V::kLanes;
     const Requantize<V, Finish> requantize(write, o, p.m + o, p.b + o);

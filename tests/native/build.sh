@@ -22,7 +22,7 @@ case "$("$compiler" -dumpmachine)" in
     compile "$root/csrc/neon_dot.cc" neon_dot $target -O2 -march=armv8.2-a+dotprod "$@" ;;
   *) target=-DBITSPIKE_OTHER=1 ;;
 esac
-for file in "$root/csrc/scalar.cc" "$root/csrc/dispatch.cc" "$root/csrc/direct.cc" "$root/tests/native/compare_kernels.cc"; do
+for file in "$root/csrc/scalar.cc" "$root/csrc/dispatch.cc" "$root/csrc/direct.cc" "$root/csrc/lif_of_sums.cc" "$root/tests/native/compare_kernels.cc"; do
   compile "$file" "$(basename "$file" .cc)" $target "$@"
 done
 "$compiler" "$@" "$objects"/*.o -o "$out"

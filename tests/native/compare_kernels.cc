@@ -14,7 +14,9 @@
 #include <vector>
 
 #include "../../csrc/direct.h"
+#include "../../csrc/integers.h"
 #include "../../csrc/kernels.h"
+#include "../../csrc/lif_of_sums.h"
 
 namespace {
 
@@ -230,12 +232,37 @@ bool check_conv(Random& r) {
   };
   const Written expected = run(kernels_scalar.conv[0]);
   bool good = true;
+  const int largest_code = std::max(c.hi, -c.lo), largest_weight = std::max(c.weight_hi, -c.weight_lo);
+  const bool sums_fit = taps * largest_code * largest_weight <= INT16_MAX;
+  std::vector<int32_t> sums(sums_fit ? count : 0);
+  if (sums_fit) {
+    Conv plain = c;
+    const std::vector<int32_t> ones(c.outputs, 1), zeros(c.outputs, 0);
+    plain.m = ones.data(), plain.b = zeros.data(), plain.shift = 0;
+    Block packed(kernels_scalar.conv[0].packed_bytes(plain)), scratch(1);
+    kernels_scalar.conv[0].pack(plain, packed.data());
+    Epilogue epilogue{};
+    epilogue.out = exact(sums);
+    kernels_scalar.conv[0].run(plain, packed.data(), exact(image), row0, row1, epilogue, scratch.data());
+  }
   for (const Kernels* const* set = available_kernels(); *set; ++set)
     for (int v = 0; v < kVariants; ++v) {
       const ConvKernel& kernel = (*set)->conv[v];
       if (!kernel.supported(c)) continue;
       if (!may_support(static_cast<Variant>(v), c) || !(run(kernel) == expected)) {
         printf("DIFFERENT: %s %s: %s rows %d..%d\n", (*set)->name, variant_name(static_cast<Variant>(v)), text(c).c_str(),
+               row0, row1);
+        good = false;
+      }
+      if (!sums_fit || !(*set)->lif_sums) continue;
+      Block packed(kernel.packed_bytes(c)), scratch(kernel.scratch_bytes(c, row1 - row0));
+      kernel.pack(c, packed.data());
+      std::vector<int16_t> found(count, 0x5a5a);
+      Epilogue epilogue{};
+      epilogue.sums = exact(found);
+      kernel.run(c, packed.data(), exact(image), row0, row1, epilogue, scratch.data());
+      if (!std::equal(found.begin(), found.end(), sums.begin())) {
+        printf("DIFFERENT SUMS: %s %s: %s rows %d..%d\n", (*set)->name, variant_name(static_cast<Variant>(v)), text(c).c_str(),
                row0, row1);
         good = false;
       }
@@ -332,6 +359,70 @@ bool check_neurons(Random& r) {
   return good & same<uint8_t>("ielif", count * steps, [&](const Kernels& k, uint8_t* y) { k.ielif(q, x.data(), count, stride, y, count); });
 }
 
+// Neurons on sums against the definition: potentials, then scalar neurons. Numbers are round, so that many potentials lie on a threshold.
+bool check_lif_of_sums(Random& r, uint64_t& proved) {
+  const int steps = static_cast<int>(r.between(1, 5)), outputs = static_cast<int>(r.between(1, 70));
+  const size_t pixels = r.between(1, 9), count = pixels * outputs;
+  const int unit = static_cast<int>(r.between(8, 20));  // threshold: 16 << unit
+  Conv c{};
+  c.kernel_h = c.kernel_w = 1, c.channels = static_cast<int>(r.between(1, 200)), c.groups = 1, c.outputs = outputs;
+  c.hi = r.pick({1, 1, 4}), c.weight_lo = -1, c.weight_hi = r.pick({1, 7}), c.shift = static_cast<int>(r.between(0, 8));
+  const int most = c.channels * c.hi * c.weight_hi;
+  std::vector<int32_t> m(outputs), b(outputs);
+  for (int o = 0; o < outputs; ++o) {
+    const int64_t one = (int64_t{1} << (unit + c.shift)) / r.pick({1, 2, 4, 16});
+    m[o] = static_cast<int32_t>(std::min<int64_t>(INT32_MAX, r.chance(70) ? one : r.between(-one, one)));
+    b[o] = static_cast<int32_t>(r.chance(50) ? 0 : r.between(-8, 8) * (r.chance(50) ? 1 : int64_t{1} << unit));
+  }
+  c.m = exact(m), c.b = exact(b);
+  Lif p{};
+  p.threshold = 16 << unit, p.steps = steps, p.strict = r.chance(50), p.reset = static_cast<Lif::Reset>(r.between(0, 2));
+  p.gain_m = 1, p.gain_s = static_cast<int>(r.between(0, 2)), p.decay_m = 1, p.decay_s = static_cast<int>(r.between(0, 2));
+  if (r.chance(30)) p.gain_m = static_cast<int32_t>(r.between(1, 300)), p.gain_s = 8;
+  PackedLif packed{p, r.chance(70) ? p.threshold : static_cast<int32_t>(r.between(-p.threshold, 2 * p.threshold)), nullptr, 0, nullptr};
+  std::vector<int32_t> table;
+  if (r.chance(60)) {
+    table.resize((1u << r.between(4, 8)) - 2);
+    const double steep = r.between(1, 40) / 10.0;
+    for (size_t i = 0; i < table.size(); ++i)  // evenly, or ever wider towards the ends
+      table[i] = static_cast<int32_t>((2.0 * i / table.size() - 1) * p.threshold * (1 + steep * (2.0 * i / table.size() - 1) * (2.0 * i / table.size() - 1)));
+    packed.lif.decay_m = static_cast<int32_t>(r.between(0, 2 * p.threshold / static_cast<int>(table.size()))), packed.lif.decay_s = 1;
+    packed.table = exact(table), packed.entries = static_cast<int>(table.size());
+  }
+  std::vector<uint32_t> words(make_buckets(packed.table, packed.entries, nullptr, nullptr));
+  Buckets buckets{};
+  if (!words.empty()) make_buckets(table.data(), packed.entries, exact(words), &buckets), packed.buckets = &buckets;
+  const int kind = static_cast<int>(r.between(0, 2));  // of residual: none, potentials, codes
+  const Scaled scaled{static_cast<int32_t>(r.between(0, 32)) << unit, static_cast<int32_t>(r.between(-3, 3)) << unit, r.pick({0, 1, 3}), 4};
+  const bool repeated = r.chance(20);
+  std::vector<int16_t> sums((repeated ? 1 : steps) * count);
+  std::vector<int32_t> residual(sums.size()), x(sums.size());
+  std::vector<uint8_t> codes(sums.size());
+  for (size_t i = 0; i < sums.size(); ++i) {
+    sums[i] = static_cast<int16_t>(r.between(-std::min(most, 40), std::min(most, 40)));
+    residual[i] = r.chance(1) ? some_int32(r) : static_cast<int32_t>(r.between(-20, 20)) << unit;
+    codes[i] = static_cast<uint8_t>(r.between(0, scaled.hi));
+    const int o = static_cast<int>(i % outputs);
+    const int64_t more = kind == 1 ? residual[i] : kind == 2 ? sat32(rshift(int64_t{codes[i]} * scaled.m, scaled.shift) + scaled.b) : 0;
+    x[i] = sat32(int64_t{sat32(rshift(int64_t{sums[i]} * m[o], c.shift) + b[o])} + more);
+  }
+  const size_t step = repeated ? 0 : count;
+  std::vector<uint8_t> expected(steps * count, 0x5a);
+  kernels_scalar.lif_packed(packed, exact(x), count, step, exact(expected), count);
+  const LifOfSums numbers(c, packed, kind == 1, kind == 2 ? &scaled : nullptr);
+  if (!numbers.get()) return true;
+  ++proved;
+  const Drives drives{exact(sums), step, kind == 1 ? exact(residual) : nullptr, kind == 2 ? exact(codes) : nullptr, step};
+  bool good = true;
+  for (const Kernels* const* set = available_kernels(); *set; ++set) {
+    if (!(*set)->lif_sums) continue;
+    std::vector<uint8_t> found(steps * count, 0x5a);
+    (*set)->lif_sums(*numbers.get(), drives, pixels, outputs, exact(found), count);
+    if (found != expected) printf("DIFFERENT: %s lif_sums, %zu x %d, %d steps\n", (*set)->name, pixels, outputs, steps), good = false;
+  }
+  return good;
+}
+
 template <class T>
 bool check_maxpool(Random& r, Kind kind) {
   Pool p{};
@@ -410,14 +501,14 @@ int main(int argc, char** argv) {
   for (const Kernels* const* set = available_kernels(); *set; ++set) printf(" %s", (*set)->name);
   printf("\n");
   const auto began = std::chrono::steady_clock::now();
-  uint64_t round = 0;
+  uint64_t round = 0, proved = 0;  // proved: neurons that could be done on sums
   int failed = 0;
   do {
     Random r(seed * 1000003 + round);
     bool good = check_conv(r) && check_conv(r);
     switch (round % 4) {
       case 0: good &= check_elementwise(r); break;
-      case 1: good &= check_neurons(r); break;
+      case 1: good &= check_neurons(r) & check_lif_of_sums(r, proved) & check_lif_of_sums(r, proved); break;
       case 2: good &= r.chance(50) ? check_maxpool<uint8_t>(r, Kind::u8) : r.chance(50) ? check_maxpool<int8_t>(r, Kind::s8)
                                                                                         : check_maxpool<int32_t>(r, Kind::i32);
         break;
@@ -429,6 +520,7 @@ int main(int argc, char** argv) {
     }
     ++round;
   } while (std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count() < seconds);
-  printf("%llu rounds, %d failed\n", static_cast<unsigned long long>(round), failed);
+  printf("%llu rounds, %d failed; %llu neurons on sums\n", static_cast<unsigned long long>(round), failed,
+         static_cast<unsigned long long>(proved));
   return failed ? 1 : 0;
 }

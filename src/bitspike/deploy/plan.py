@@ -28,6 +28,7 @@ _COMPILED: dict[str, frozenset[str]] = {
     "quantize": frozenset({"m", "s", "lo", "hi", "dtype"}),
     "affine": frozenset({"m", "s", "b"}),
     "add": frozenset(),
+    "add_scaled": frozenset({"m", "s", "b"}),  # no op of a file: see `scaled_residuals`
     "attention": frozenset({"heads", "m", "s"}),
     "attention_map": frozenset({"over", "heads", "m", "s"}),
     "attention_read": frozenset({"over", "heads", "m", "s"}),
@@ -42,7 +43,7 @@ _COMPILED: dict[str, frozenset[str]] = {
     "ielif": frozenset({"levels", "decay", "steps", "fraction_bits"}),
 }
 _OPTIONAL = {"amount"}
-_ELEMENTWISE = frozenset({"lookup", "quantize", "affine", "add", "sum", "lif", "lif_packed", "ielif"})  # and the mean over time
+_ELEMENTWISE = frozenset({"lookup", "quantize", "affine", "add", "add_scaled", "sum", "lif", "lif_packed", "ielif"})  # and the mean over time
 
 
 def compiled(op: Op) -> bool:
@@ -132,6 +133,34 @@ def pool_codes(ops: Sequence[Op], values: Mapping[str, Value], outputs: Sequence
         ops[index] = replace(code, inputs=pool.inputs, output=before)
         ops[after[0]] = replace(pool, inputs=(before,), output=code.output)
     return ops, values
+
+
+def scaled_residuals(ops: Sequence[Op], values: Mapping[str, Value], outputs: Sequence[str]) -> list[Op]:
+    """Make one op of a residual that is codes times a number, and its sum with the potentials of a convolution.
+
+    The codes are kept in its place, a byte for four. `add_scaled` is x + affine(codes): the convolution's epilogue.
+    """
+    readers, made = _consumers(ops), {op.output: index for index, op in enumerate(ops)}
+
+    def alone(name: str) -> bool:
+        return name not in outputs and len(readers[name]) == 1
+
+    kept = list(ops)
+    dropped: set[int] = set()
+    for index, op in enumerate(ops):
+        if op.name != "add" or len(set(op.inputs)) != 2 or not all(alone(name) for name in op.inputs):
+            continue
+        for x, other in (op.inputs, op.inputs[::-1]):
+            conv, affine = made.get(x, -1), made.get(other, -1)
+            if conv < 0 or affine < 0 or ops[conv].name != "conv" or ops[affine].name != "affine" or not compiled(ops[conv]):
+                continue
+            codes, a = ops[affine].inputs[0], ops[affine].attributes
+            if (values[codes].kind == "u8" and compiled(ops[affine]) and np.size(a["m"]) == np.size(a["b"]) == 1
+                    and values[x].steps == values[codes].steps == values[op.output].steps and made.get(codes, -1) < conv):
+                kept[index] = replace(op, name="add_scaled", inputs=(x, codes), attributes=dict(a))
+                dropped.add(affine)
+                break
+    return [op for index, op in enumerate(kept) if index not in dropped]
 
 
 def fuse(ops: Sequence[Op], values: Mapping[str, Value]) -> list[Stage]:
@@ -226,7 +255,7 @@ def arrange(stages: Sequence[Stage], values: Mapping[str, Value], outputs: Seque
 def lay_out(program: Program) -> Layout:
     """Stages and places of a checked program."""
     ops, values = pool_codes(needed(program.ops, program.outputs), program.values, program.outputs)
-    stages = fuse(ops, values)
+    stages = fuse(scaled_residuals(ops, values, program.outputs), values)
     places, size = arrange(stages, values, program.outputs)
     return Layout(tuple(stages), values, places, program.outputs, size)
 
@@ -241,6 +270,7 @@ class Step:
     residual: str | None = None
     out: str | None = None
     codes: list[Op] = field(default_factory=list)
+    scaled: Op | None = None  # the `add_scaled` whose codes the residual is
 
     @property
     def ops(self) -> list[str]:
@@ -260,13 +290,14 @@ def steps(stage: Stage, layout: Layout) -> list[Step]:
     def epilogue(step: Step, x: str, start: int) -> None:
         """Takes what reads x into the step: a sum nobody else competes with, then up to two quantizers."""
         after = [i for i in readers.get(x, []) if i not in done]
-        if step.residual is None and len(after) == 1 == len(readers[x]) and x not in outside and ops[after[0]].name == "add":
+        if step.residual is None and len(after) == 1 == len(readers[x]) and x not in outside and ops[after[0]].name.startswith("add"):
             add = ops[after[0]]
             other = add.inputs[1] if add.inputs[0] == x else add.inputs[0]
             same_steps = layout.values[add.output].steps == layout.values[x].steps
             if other != x and other not in inside and same_steps:
                 done.add(after[0])
                 step.residual = other
+                step.scaled = add if add.name == "add_scaled" else None
                 return epilogue(step, add.output, after[0])
         for i in after:
             if ops[i].name == "quantize" and len(step.codes) < 2:
