@@ -1,4 +1,4 @@
-"""Neurons that read the sums of a convolution, in rational numbers: the spikes are those of the integers, threshold for threshold."""
+"""Neurons that read the sums of a convolution in rational numbers: their spikes are those of the integers."""
 from __future__ import annotations
 
 from typing import Any
@@ -57,8 +57,8 @@ def network(rng: np.random.Generator, steps: int, reset: str, strict: bool, resi
     if residual != "none":
         program.append({"op": "add", "in": ["rr", "x"] if residual == "codes" else ["x", "rr"], "out": "sum"})
         x = "sum"
-    neuron: dict[str, Any] = {"op": "lif", "in": [x], "out": "n", "decay": [1, 1], "gain": [1, 1], "threshold": ONE, "reset": reset,
-                              "steps": steps, "strict": strict}
+    neuron: dict[str, Any] = {"op": "lif", "in": [x], "out": "n", "decay": [1, 1], "gain": [1, 1], "threshold": ONE,
+                              "reset": reset, "steps": steps, "strict": strict}
     if soft is not None:
         neuron["amount"] = soft
     if bits:
@@ -66,7 +66,8 @@ def network(rng: np.random.Generator, steps: int, reset: str, strict: bool, resi
         neuron |= {"op": "lif_packed", "bits": bits, "table": "table", "decay": [(ONE << 8) // (2 * high), 8]}
     program += [
         neuron,
-        {**conv, "in": ["n"], "out": "z", "weight": "last", "scheme": whole, "shape": [6, CHANNELS, 1, 1], "m": "m6", "b": "b6", "s": 0},
+        {**conv, "in": ["n"], "out": "z", "weight": "last", "scheme": whole, "shape": [6, CHANNELS, 1, 1], "m": "m6", "b": "b6",
+         "s": 0},
         {"op": "mean", "in": ["z"], "out": "space", "over": "space", "m": SIZE * SIZE},  # which makes sums of means
         {"op": "mean", "in": ["space"], "out": "logits", "over": "time", "m": steps},
     ]
@@ -87,9 +88,9 @@ def same_everywhere(net: Net, images: np.ndarray) -> dict[str, bool]:
         kernels.use(name)
         for _ in range(2):
             np.testing.assert_array_equal(net(images, threads=2), wanted, err_msg=name)
-        (summed[name],) = [layer["summed"] for layer in net.executor._compiled[name].plan.layers() if layer["stage"] ==
-                           next(i for i, stage in enumerate(net.executor._compiled[name].layout.stages) if stage.ops[-1].output == "n")]
-        inside = net.executor._compiled[name].plan
+        inside, stages = net.executor._compiled[name].plan, net.executor._compiled[name].layout.stages
+        stage = next(i for i, stage in enumerate(stages) if stage.ops[-1].output == "n")
+        (summed[name],) = [layer["summed"] for layer in inside.layers() if layer["stage"] == stage]
         for index, layer in enumerate(inside.layers()):
             for variant in layer["able"]:
                 inside.force(index, variant)
@@ -101,8 +102,9 @@ def same_everywhere(net: Net, images: np.ndarray) -> dict[str, bool]:
 @compiled_sets
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 2**32 - 1), steps=st.integers(1, 4), reset=st.sampled_from(["hard", "soft", "none"]), strict=st.booleans(),
-    residual=st.sampled_from(["none", "codes", "potentials"]), bits=st.sampled_from([0, 2, 4, 8]), round_numbers=st.booleans(),
+    seed=st.integers(0, 2**32 - 1), steps=st.integers(1, 4), reset=st.sampled_from(["hard", "soft", "none"]),
+    strict=st.booleans(), residual=st.sampled_from(["none", "codes", "potentials"]),
+    bits=st.sampled_from([0, 2, 4, 8]), round_numbers=st.booleans(),
     share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
 )
 def test_spikes_are_those_of_the_integers(seed, steps, reset, strict, residual, bits, round_numbers, share):

@@ -43,7 +43,8 @@ _COMPILED: dict[str, frozenset[str]] = {
     "ielif": frozenset({"levels", "decay", "steps", "fraction_bits"}),
 }
 _OPTIONAL = {"amount"}
-_ELEMENTWISE = frozenset({"lookup", "quantize", "affine", "add", "add_scaled", "sum", "lif", "lif_packed", "ielif"})  # and the mean over time
+# and the mean over time
+_ELEMENTWISE = frozenset({"lookup", "quantize", "affine", "add", "add_scaled", "sum", "lif", "lif_packed", "ielif"})
 
 
 def compiled(op: Op) -> bool:
@@ -290,8 +291,8 @@ def steps(stage: Stage, layout: Layout) -> list[Step]:
     def epilogue(step: Step, x: str, start: int) -> None:
         """Takes what reads x into the step: a sum nobody else competes with, then up to two quantizers."""
         after = [i for i in readers.get(x, []) if i not in done]
-        if step.residual is None and len(after) == 1 == len(readers[x]) and x not in outside and ops[after[0]].name.startswith("add"):
-            add = ops[after[0]]
+        add = ops[after[0]] if len(after) == 1 == len(readers[x]) else None
+        if step.residual is None and add is not None and x not in outside and add.name in ("add", "add_scaled"):
             other = add.inputs[1] if add.inputs[0] == x else add.inputs[0]
             same_steps = layout.values[add.output].steps == layout.values[x].steps
             if other != x and other not in inside and same_steps:
