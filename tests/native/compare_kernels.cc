@@ -393,14 +393,14 @@ bool check_lif_of_sums(Random& r, uint64_t& proved) {
   Buckets buckets{};
   if (!words.empty()) make_buckets(table.data(), packed.entries, exact(words), &buckets), packed.buckets = &buckets;
   const int kind = static_cast<int>(r.between(0, 2));  // of residual: none, potentials, codes
-  const Scaled scaled{static_cast<int32_t>(r.between(0, 32)) << unit, static_cast<int32_t>(r.between(-3, 3)) << unit, r.pick({0, 1, 3}), 4};
+  const Scaled scaled{static_cast<int32_t>(r.between(0, 32) * (1 << unit)), static_cast<int32_t>(r.between(-3, 3) * (1 << unit)), r.pick({0, 1, 3}), 4};
   const bool repeated = r.chance(20);
   std::vector<int16_t> sums((repeated ? 1 : steps) * count);
   std::vector<int32_t> residual(sums.size()), x(sums.size());
   std::vector<uint8_t> codes(sums.size());
   for (size_t i = 0; i < sums.size(); ++i) {
     sums[i] = static_cast<int16_t>(r.between(-std::min(most, 40), std::min(most, 40)));
-    residual[i] = r.chance(1) ? some_int32(r) : static_cast<int32_t>(r.between(-20, 20)) << unit;
+    residual[i] = r.chance(1) ? some_int32(r) : static_cast<int32_t>(r.between(-20, 20) * (1 << unit));
     codes[i] = static_cast<uint8_t>(r.between(0, scaled.hi));
     const int o = static_cast<int>(i % outputs);
     const int64_t more = kind == 1 ? residual[i] : kind == 2 ? sat32(rshift(int64_t{codes[i]} * scaled.m, scaled.shift) + scaled.b) : 0;
