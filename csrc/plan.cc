@@ -432,7 +432,10 @@ std::vector<Plan::Layer> Plan::layers() {
   std::lock_guard<std::mutex> lock(mutex_);
   std::vector<Layer> layers;
   for (size_t i = 0; i < layers_.size(); ++i) {
-    layers.push_back({layers_[i]->stage, variants[i], layers_[i]->able, layers_[i]->sums.get() != nullptr, density_[layers_[i]->input], load_[i]});
+    const Layered& l = *layers_[i];
+    // Neurons over time do not count their spikes; of codes that are 0 or 1 the share is their mean.
+    const float counted = density_[l.input], density = counted < 0 && l.conv.hi == 1 ? load_[i] : counted;
+    layers.push_back({l.stage, variants[i], l.able, l.sums.get() != nullptr, density, load_[i]});
   }
   return layers;
 }

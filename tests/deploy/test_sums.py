@@ -127,6 +127,18 @@ def test_neurons_of_trained_networks_are_done_on_sums(residual: str, bits: int):
 
 
 @compiled_sets
+def test_the_density_of_spikes_over_time_is_told():
+    rng = np.random.default_rng(6)
+    net = network(rng, 3, "hard", False, "none", 8, False)
+    images = np.where(rng.random((3, 40, SIZE, SIZE, 2)) < 0.4, 255, 0).astype(np.uint8)
+    spikes = net.trace(images)["n"]
+    for _ in range(2):
+        net(images)
+    row = [row for row in net.explain(images, repeats=2) if "conv" in row.ops][-1]
+    assert row.density == pytest.approx(np.count_nonzero(spikes) / spikes.size, abs=0.05)
+
+
+@compiled_sets
 def test_what_the_proof_does_not_cover_is_done_on_potentials():
     rng = np.random.default_rng(4)
     net = network(rng, 3, "hard", False, "none", 2, False)  # two bits: half of all potentials would be in doubt
