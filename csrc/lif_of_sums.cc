@@ -75,7 +75,7 @@ double error_of(const PackedLif& p, double drive, const Pieces* pieces, double m
   double error = rounded, largest = drive;  // at the first step
   for (int t = 1; t < lif.steps; ++t) {
     const double stored = largest + amount, off = error + kRounding * stored;
-    if (pieces && off + kRounding * (pieces->last - pieces->first) > margin) return INFINITY;
+    if (pieces && off + kRounding * std::max(std::abs(pieces->first), std::abs(pieces->last)) > margin) return INFINITY;
     const double left = pieces ? pieces->at_zero + pieces->slope * std::max(std::abs(pieces->first), std::abs(pieces->last))
                                : decay * stored + 1;
     largest = left + drive;
@@ -112,6 +112,9 @@ LifOfSums::LifOfSums(const Conv& c, const PackedLif& given, bool residual, const
     // What does not fire and is kept is below the threshold, what a hard reset leaves is 0.
     const double end = given.table[given.entries - 1], last = lif.reset == Lif::Reset::hard ? std::min(end, double(fires)) : end;
     if (last <= given.table[0]) return;
+    // Far from 0, floats cannot tell the pieces of a short line apart: a number of a piece must not leave 0..kPieces - 1.
+    const double farthest = std::max(std::abs(given.table[0] - 1.0), std::abs(last)), range = last - given.table[0] + 1;
+    if (kRounding * farthest * SumsLif::kPieces > 0.005 * range) return;
     for (const double margin : {double(fires) / 256, double(fires) / 64}) {
       pieces = std::make_unique<Pieces>(given, given.table[0] - 1.0, last, margin);
       error = error_of(given, drive, pieces.get(), margin);
