@@ -236,12 +236,6 @@ struct Avx512 {
     for (int i = 0; i < 2; ++i) widen_u16(pairs[i], count + 2 * i);
   }
   // Twice the counts, less the number of events.
-  template <size_t kStep>
-  static void sums_of_planes(const uint8_t* from, int planes, int32_t events, int16_t* to, int outputs) {
-    I32 pairs[2];
-    count_pairs<kStep>(from, planes, pairs);
-    store_sums(pairs, events, to, outputs);
-  }
   static void store_sums(const I32* pairs, int32_t events, int16_t* to, int outputs) {
     const I32 all = _mm512_set1_epi16(static_cast<short>(events));
     const uint64_t there = outputs >= 64 ? ~uint64_t{0} : (uint64_t{1} << outputs) - 1;

@@ -17,12 +17,6 @@ struct Avx512Sliced : Avx512 {
     widen_u16(pairs[0], count);
     widen_u16(pairs[1], count + 2);
   }
-  template <size_t kStep>
-  static void sums_of_planes(const uint8_t* from, int planes, int32_t events, int16_t* to, int outputs) {
-    I32 pairs[2];
-    count_pairs<kStep>(from, planes, pairs);
-    store_sums(pairs, events, to, outputs);
-  }
   // In 16 bits.
   template <size_t kStep>
   static void count_pairs(const uint8_t* from, int planes, I32* pairs) {

@@ -5,8 +5,8 @@
 //
 // exactly if T(n) m + b >= n 2^S > (T(n) - 1) m + b for all n, because both sides never fall (where h leaps over codes, the n just
 // before and just after). For a given m these are bounds on b; m is 2^S times the slope of h, or a neighbour of it. Sums outside
-// are clipped to that range first. (x m + b) is computed modulo 2^32, which changes nothing if it stays within -2^31 .. 2^31 - 1 at both ends of the range: two more bounds, or closer ones where
-// the sums of a convolution end before codes reach lo or hi.
+// are clipped to that range first. (x m + b) is computed modulo 2^32, which changes nothing if it stays within -2^31 .. 2^31 - 1
+// at both ends of the range: two more bounds, or closer ones where the sums of a convolution end before codes reach lo or hi.
 #include "direct.h"
 
 #include <algorithm>

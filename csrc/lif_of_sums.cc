@@ -22,6 +22,7 @@ struct Pieces {
   double error = 0, slope = 0, at_zero = 0;  // largest
   float base[SumsLif::kPieces], slopes[SumsLif::kPieces];
 
+  double farthest() const { return std::max(std::abs(first), std::abs(last)); }  // from 0
   // The integers' answer to a potential from (count == 0: anything; else table[count - 1]) on, below the next entry.
   static double left(const PackedLif& p, int count) {
     return static_cast<double>(rshift(int64_t{count - p.entries / 2} * p.lif.decay_m, p.lif.decay_s));
@@ -59,7 +60,7 @@ struct Pieces {
       error = std::max(error, (most - least) / 2);
       slope = std::max(slope, std::abs(steep)), at_zero = std::max<double>(at_zero, std::abs(base[i]));
     }
-    error += kRounding * (at_zero + slope * std::max(std::abs(first), std::abs(last)));
+    error += kRounding * (at_zero + slope * farthest());
   }
 };
 
@@ -75,9 +76,8 @@ double error_of(const PackedLif& p, double drive, const Pieces* pieces, double m
   double error = rounded, largest = drive;  // at the first step
   for (int t = 1; t < lif.steps; ++t) {
     const double stored = largest + amount, off = error + kRounding * stored;
-    if (pieces && off + kRounding * std::max(std::abs(pieces->first), std::abs(pieces->last)) > margin) return INFINITY;
-    const double left = pieces ? pieces->at_zero + pieces->slope * std::max(std::abs(pieces->first), std::abs(pieces->last))
-                               : decay * stored + 1;
+    if (pieces && off + kRounding * pieces->farthest() > margin) return INFINITY;
+    const double left = pieces ? pieces->at_zero + pieces->slope * pieces->farthest() : decay * stored + 1;
     largest = left + drive;
     if (stored > kLargest || largest > kLargest) return INFINITY;
     const double kept = pieces ? pieces->error + pieces->slope * off : decay * off + 0.5;  // of what is left of the last step
@@ -112,11 +112,10 @@ LifOfSums::LifOfSums(const Conv& c, const PackedLif& given, bool residual, const
     // What does not fire and is kept is below the threshold, what a hard reset leaves is 0.
     const double end = given.table[given.entries - 1], last = lif.reset == Lif::Reset::hard ? std::min(end, double(fires)) : end;
     if (last <= given.table[0]) return;
-    // Far from 0, floats cannot tell the pieces of a short line apart: a number of a piece must not leave 0..kPieces - 1.
-    const double farthest = std::max(std::abs(given.table[0] - 1.0), std::abs(last)), range = last - given.table[0] + 1;
-    if (kRounding * farthest * SumsLif::kPieces > 0.005 * range) return;
     for (const double margin : {double(fires) / 256, double(fires) / 64}) {
       pieces = std::make_unique<Pieces>(given, given.table[0] - 1.0, last, margin);
+      // Far from 0, floats cannot tell the pieces of a short line apart: a number of a piece must not leave 0..kPieces - 1.
+      if (kRounding * pieces->farthest() * SumsLif::kPieces > 0.005 * (pieces->last - pieces->first)) return;
       error = error_of(given, drive, pieces.get(), margin);
       if (error < INFINITY) break;
     }

@@ -137,6 +137,7 @@ class Plan {
 
   char* place(const Value&, const Group&, const Tile&, size_t capacity, Scratch&, int step) const;
   char* image(const Value&, const Group&, size_t image, int step) const;
+  size_t stride(const Value&, const Group&, const Tile&, size_t capacity, Scratch&) const;
   void add(Step, std::initializer_list<int> operands);
   // summed: sums are written instead, and no residual is read.
   Epilogue epilogue(const Finish&, const Group&, const Tile&, size_t capacity, Scratch&, int step, bool summed = false) const;

@@ -2,14 +2,12 @@
 #include "plan_parts.h"
 
 namespace bitspike {
-namespace {
 
 // Elements from one time step of an operand to the next; 0 for one step that all share.
-size_t stride(const Value& v, const char* step0, const char* step1) {
-  return v.steps == 1 ? 0 : static_cast<size_t>(step1 - step0) / bytes_of(v.kind);
+size_t Plan::stride(const Value& v, const Group& g, const Tile& tile, size_t capacity, Scratch& s) const {
+  if (v.steps == 1) return 0;
+  return static_cast<size_t>(place(v, g, tile, capacity, s, 1) - place(v, g, tile, capacity, s, 0)) / bytes_of(v.kind);
 }
-
-}  // namespace
 
 void Plan::affine(int x, std::vector<int32_t> m, std::vector<int32_t> b, int shift, int y) {
   const auto run = [this, x, m, b, shift, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
@@ -40,8 +38,8 @@ void Plan::ielif(int x, const IeLif& p, int y) {
     const char* from = place(vx, g, tile, capacity, s, 0);
     char* to = place(vy, g, tile, capacity, s, 0);
     kernels_.ielif(p, reinterpret_cast<const int32_t*>(from), tile.count * vx.channels,
-                   stride(vx, from, place(vx, g, tile, capacity, s, 1)), reinterpret_cast<uint8_t*>(to),
-                   stride(vy, to, place(vy, g, tile, capacity, s, 1)));
+                   stride(vx, g, tile, capacity, s), reinterpret_cast<uint8_t*>(to),
+                   stride(vy, g, tile, capacity, s));
   };
   add(run, {x, y});
 }
@@ -72,7 +70,7 @@ void Plan::lif_packed(int x, const PackedLif& given, std::vector<int32_t> table,
     const Value &vx = values_[x], &vy = values_[y];
     const char* from = place(vx, g, tile, capacity, s, 0);
     char* to = place(vy, g, tile, capacity, s, 0);
-    const size_t step = stride(vx, from, place(vx, g, tile, capacity, s, 1)), out_step = stride(vy, to, place(vy, g, tile, capacity, s, 1));
+    const size_t step = stride(vx, g, tile, capacity, s), out_step = stride(vy, g, tile, capacity, s);
     uint8_t* spikes = reinterpret_cast<uint8_t*>(to);
     if (!made || !made->sums.get()) {
       kernels_.lif_packed(kept->p, reinterpret_cast<const int32_t*>(from), tile.count * vx.channels, step, spikes, out_step);
@@ -82,7 +80,7 @@ void Plan::lif_packed(int x, const PackedLif& given, std::vector<int32_t> table,
     if (made->residual >= 0) {
       const Value& r = values_[made->residual];
       const char* first = place(r, g, tile, capacity, s, 0);
-      in.residual_step = stride(r, first, place(r, g, tile, capacity, s, 1));
+      in.residual_step = stride(r, g, tile, capacity, s);
       if (r.kind == Kind::u8) in.codes = reinterpret_cast<const uint8_t*>(first);
       else in.residual = reinterpret_cast<const int32_t*>(first);
     }
@@ -95,7 +93,7 @@ void Plan::mean_time(int x, int32_t m, int y) {
   const auto run = [this, x, m, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
     const Value& v = values_[x];
     const char* from = place(v, g, tile, capacity, s, 0);
-    kernels_.mean(v.kind, from, v.steps, tile.count * v.channels, stride(v, from, place(v, g, tile, capacity, s, 1)), m,
+    kernels_.mean(v.kind, from, v.steps, tile.count * v.channels, stride(v, g, tile, capacity, s), m,
                   reinterpret_cast<int32_t*>(place(values_[y], g, tile, capacity, s, 0)));
   };
   add(run, {x, y});

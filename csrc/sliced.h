@@ -213,7 +213,9 @@ void finish_planes(const SlicedPacking<V>& p, const uint8_t* from, int planes, c
     size_t to = y + o;
     for (size_t i = 0; i < pixels; ++i, at += planes * p.plane_bytes(), to += outputs) {
       if constexpr (Finish::kMade == Made::sums) {
-        V::template sums_of_planes<kPlane>(at, planes, events[i], write.sums + to, at_most(last - o, V::kBytes));
+        typename V::I32 pairs[2];
+        V::template count_pairs<kPlane>(at, planes, pairs);
+        V::store_sums(pairs, events[i], write.sums + to, at_most(last - o, V::kBytes));
         continue;
       }
       typename V::I32 count[4];

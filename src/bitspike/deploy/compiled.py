@@ -112,9 +112,10 @@ class Compiled:
             pad = np.ascontiguousarray(a["pad_value"], np.int16)
             span = (min(source.lo, int(pad.min())), max(source.hi, int(pad.max())))
             scaled = (0, 0, 0, -1)
-            if step.scaled is not None and step.residual is not None:
+            if step.scaled is not None:
                 r = step.scaled.attributes
-                scaled = (int(np.ravel(r["m"])[0]), r["s"], int(np.ravel(r["b"])[0]), self.layout.values[step.residual].hi)
+                (m,), (b,) = _numbers(r["m"], r["b"])
+                scaled = (int(m), r["s"], int(b), self.layout.values[step.scaled.inputs[1]].hi)
             self.plan.conv(
                 x, np.ascontiguousarray(a["weight"]), a["stride"], a["padding"], a["groups"], pad, *_numbers(a["m"]), a["s"],
                 *_numbers(a["b"]), span, self._id(step.residual), self._id(step.out), codes, scaled,
