@@ -295,14 +295,12 @@ struct Avx512 {
     }
     return count;
   }
-  // to[i] = from[i] + row; may write and read 32 entries too many.
+  // to[i] = from[i] + row; may write and read 64 entries too many.
   static void copy_events(uint16_t* to, const uint16_t* from, size_t n, uint16_t row) {
     const __m512i offset = _mm512_set1_epi16(static_cast<short>(row));
-    size_t i = 0;
-    do {  // at least once: most lists are that short, and whether one is empty cannot be told beforehand
-      _mm512_storeu_si512(to + i, _mm512_add_epi16(_mm512_loadu_si512(from + i), offset));
-      i += 32;
-    } while (i < n);
+    const auto some = [&](size_t i) { _mm512_storeu_si512(to + i, _mm512_add_epi16(_mm512_loadu_si512(from + i), offset)); };
+    some(0), some(32);  // in any case: most lists are that short, and whether one is shorter cannot be told beforehand
+    for (size_t i = 64; i < n; i += 32) some(i);
   }
   static I32 plus_one_above(I32 v, I32 a, I32 b) {  // v + (a > b)
     return _mm512_mask_add_epi32(v, _mm512_cmpgt_epi32_mask(a, b), v, _mm512_set1_epi32(1));

@@ -179,7 +179,7 @@ struct Scaled {
 struct SumsLif {
   static constexpr int kMostSteps = 16, kPieces = 32;
   PackedLif exact;            // of the potentials that m, b and shift make of sums
-  const int32_t *m, *b;       // [outputs]
+  const int32_t *m, *b;       // [outputs]; nullptr: there are no sums
   int shift;
   const float *scale, *bias;  // [outputs], and 64 more: the drive is about sum * scale + bias
   float residual, furthest;   // and about so much times the residual; how far that may be from 0, if it is potentials
@@ -192,7 +192,8 @@ struct SumsLif {
   float per, offset;
 };
 
-// What it reads, [steps, pixels, channels] each, and from step to step. A residual, or codes that are one, or neither.
+// What it reads, [steps, pixels, channels] each, and from step to step: sums, and a residual, or codes that are one, or neither; or
+// potentials alone, as a residual of no sums.
 struct Drives {
   const int16_t* sums;
   size_t sums_step;

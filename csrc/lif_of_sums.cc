@@ -88,16 +88,22 @@ double error_of(const PackedLif& p, double drive, const Pieces* pieces, double m
 
 }  // namespace
 
-LifOfSums::LifOfSums(const Conv& c, const PackedLif& given, bool residual, const Scaled* codes) {
+LifOfSums::LifOfSums(const Conv& c, const PackedLif& lif, bool residual, const Scaled* codes) { prove(&c, lif, residual, codes); }
+
+LifOfSums::LifOfSums(const PackedLif& lif) { prove(nullptr, lif, true, nullptr); }
+
+void LifOfSums::prove(const Conv* c, const PackedLif& given, bool residual, const Scaled* codes) {
   const Lif& lif = given.lif;
-  const double taps = double(c.kernel_h) * c.kernel_w * c.group_channels();
-  const double sum = taps * c.most_weight() * c.most_code();
   const int64_t fires = int64_t{lif.threshold} + (lif.strict ? 1 : 0);  // the least potential that does
-  if (sum > INT16_MAX || lif.steps > SumsLif::kMostSteps || fires < 1 || fires > kLargest || lif.gain_m < 1 || lif.decay_m < 0) return;
+  if (lif.steps > SumsLif::kMostSteps || fires < 1 || fires > kLargest || lif.gain_m < 1 || lif.decay_m < 0) return;
   const double gain = lif.gain_m / power(lif.gain_s), decay = lif.decay_m / power(lif.decay_s);
   double drive = 0;
-  for (int o = 0; o < c.outputs; ++o)
-    drive = std::max(drive, sum * std::abs(double(c.m[o])) / power(c.shift) + std::abs(double(c.b[o])) + 1);
+  if (c) {
+    const double sum = double(c->kernel_h) * c->kernel_w * c->group_channels() * c->most_weight() * c->most_code();
+    if (sum > INT16_MAX) return;
+    for (int o = 0; o < c->outputs; ++o)
+      drive = std::max(drive, sum * std::abs(double(c->m[o])) / power(c->shift) + std::abs(double(c->b[o])) + 1);
+  }
   // The residual, at most, and what one of it is worth.
   const double worth = codes ? codes->m / power(codes->shift) : 1;
   const double furthest = codes      ? std::abs(worth) * codes->hi + std::abs(double(codes->b)) + 1
@@ -125,17 +131,20 @@ LifOfSums::LifOfSums(const Conv& c, const PackedLif& given, bool residual, const
   if (error > kDoubtful * double(fires) / 2) return;
 
   floats_ = std::make_shared<std::vector<float>>();
-  const size_t outputs = static_cast<size_t>(c.outputs) + 64;
+  const size_t outputs = c ? static_cast<size_t>(c->outputs) + 64 : 0;
   floats_->resize(2 * outputs + 2 * SumsLif::kPieces);
   float *scale = floats_->data(), *bias = scale + outputs, *line = bias + outputs;
-  for (int o = 0; o < c.outputs; ++o) {
-    scale[o] = static_cast<float>(c.m[o] / power(c.shift) * gain);
-    bias[o] = static_cast<float>((c.b[o] + (codes ? codes->b : 0.0)) * gain);
+  SumsLif& n = numbers_;
+  if (c) {
+    for (int o = 0; o < c->outputs; ++o) {
+      scale[o] = static_cast<float>(c->m[o] / power(c->shift) * gain);
+      bias[o] = static_cast<float>((c->b[o] + (codes ? codes->b : 0.0)) * gain);
+    }
+    n.m = c->m, n.b = c->b, n.shift = c->shift, n.scale = scale, n.bias = bias;
   }
   const auto float_below = [](double v) { return std::nextafter(static_cast<float>(v), -INFINITY); };
   const auto float_above = [](double v) { return std::nextafter(static_cast<float>(v), INFINITY); };
-  SumsLif& n = numbers_;
-  n.exact = given, n.m = c.m, n.b = c.b, n.shift = c.shift, n.scale = scale, n.bias = bias;
+  n.exact = given;
   n.residual = static_cast<float>(worth * gain), n.furthest = float_below(furthest), n.decay = static_cast<float>(decay);
   if (codes) n.scaled = *codes;
   n.amount = static_cast<float>(given.amount);

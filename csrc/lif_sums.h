@@ -17,11 +17,12 @@ BITSPIKE_NOINLINE void lif_in_doubt(const SumsLif& p, const Drives& in, size_t i
   int32_t x[SumsLif::kMostSteps * V::kLanes];
   uint8_t spikes[SumsLif::kMostSteps * V::kLanes];
   using Factor = typename V::Factor;
-  const Factor m = V::factor(p.m + channel, lanes), b = V::factor(p.b + channel, lanes);
+  const Factor m = in.sums ? V::factor(p.m + channel, lanes) : V::no_bias(), b = in.sums ? V::factor(p.b + channel, lanes) : V::no_bias();
   const Factor residual_m(int64_t{p.scaled.m}), residual_b(int64_t{p.scaled.b});
   const typename V::Scale scale(p.shift), residual_scale(p.scaled.shift);
   for (int t = 0; t < steps; ++t) {
-    typename V::I32 potential = V::requant(V::widen_s16(in.sums + t * in.sums_step + i, lanes), m, b, scale);
+    typename V::I32 potential = V::zero();
+    if (in.sums) potential = V::requant(V::widen_s16(in.sums + t * in.sums_step + i, lanes), m, b, scale);
     const size_t at = t * in.residual_step + i;
     if (in.residual) potential = V::add_saturating(potential, V::load(in.residual + at, lanes));
     if (in.codes)
@@ -32,7 +33,7 @@ BITSPIKE_NOINLINE void lif_in_doubt(const SumsLif& p, const Drives& in, size_t i
   for (int t = 0; t < steps; ++t) memcpy(y + t * y_stride + i, spikes + t * V::kLanes, lanes);
 }
 
-enum class Residual { none, potentials, codes };
+enum class Residual { none, potentials, codes, alone };
 
 // `p` and `in` are copies: what is stored through y may be anything's bytes.
 template <class V, Lif::Reset kReset, bool kTable, Residual kResidual>
@@ -45,14 +46,17 @@ void lif_of_sums(const SumsLif p, const Drives in, size_t pixels, size_t channel
   const F32 below = V::splat_float(p.below), above = V::splat_float(p.above);
   const F32 below_first = V::splat_float(p.below_first), above_first = V::splat_float(p.above_first);
   const F32 furthest = V::splat_float(p.furthest), nearest = V::splat_float(-p.furthest);
+  const F32 nothing = V::splat_float(0);
   const int steps = p.exact.lif.steps;
   const auto some = [&](size_t i, size_t channel, int lanes) {
-    const F32 scale = V::load_floats(p.scale + channel), bias = V::load_floats(p.bias + channel);
+    constexpr bool kSums = kResidual != Residual::alone;
+    const F32 scale = kSums ? V::load_floats(p.scale + channel) : nothing, bias = kSums ? V::load_floats(p.bias + channel) : nothing;
     F32 v = decay;  // of no use before the second step
     typename V::Mask doubt = 0;
     for (int t = 0;; ++t) {
-      F32 h = V::multiply_add(V::floats(V::widen_s16(in.sums + t * in.sums_step + i, lanes)), scale, bias);
-      if (kResidual == Residual::potentials) {
+      F32 h = bias;
+      if (kSums) h = V::multiply_add(V::floats(V::widen_s16(in.sums + t * in.sums_step + i, lanes)), scale, bias);
+      if (kResidual == Residual::potentials || kResidual == Residual::alone) {
         const F32 r = V::floats(V::load(in.residual + t * in.residual_step + i, lanes));
         doubt |= V::above(r, furthest) | V::above(nearest, r);
         h = V::multiply_add(r, residual, h);
@@ -94,9 +98,10 @@ void lif_by_reset(const SumsLif& p, const Drives& in, size_t pixels, size_t chan
 
 template <class V, bool kTable>
 void lif_by_residual(const SumsLif& p, const Drives& in, size_t pixels, size_t channels, uint8_t* y, size_t y_stride) {
-  const auto run = in.residual ? lif_by_reset<V, kTable, Residual::potentials>
-                   : in.codes  ? lif_by_reset<V, kTable, Residual::codes>
-                               : lif_by_reset<V, kTable, Residual::none>;
+  const auto run = !in.sums      ? lif_by_reset<V, kTable, Residual::alone>
+                   : in.residual ? lif_by_reset<V, kTable, Residual::potentials>
+                   : in.codes    ? lif_by_reset<V, kTable, Residual::codes>
+                                 : lif_by_reset<V, kTable, Residual::none>;
   run(p, in, pixels, channels, y, y_stride);
 }
 

@@ -50,8 +50,9 @@ void Plan::lif_packed(int x, const PackedLif& given, std::vector<int32_t> table,
     std::vector<uint32_t> words;
     Buckets buckets;
     PackedLif p;
+    LifOfSums alone;  // potentials
   };
-  const auto kept = std::make_shared<Kept>(Kept{std::move(table), {}, {}, given});
+  const auto kept = std::make_shared<Kept>(Kept{std::move(table), {}, {}, given, {}});
   PackedLif& p = kept->p;
   p.table = kept->table.empty() ? nullptr : kept->table.data(), p.entries = static_cast<int>(kept->table.size());
   kept->words.resize(make_buckets(p.table, p.entries, nullptr, nullptr));
@@ -60,11 +61,15 @@ void Plan::lif_packed(int x, const PackedLif& given, std::vector<int32_t> table,
                   : nullptr;
   // The convolution that made the potentials, and its sums if nobody else wants the potentials: that is not known before `done`.
   Layered* made = layers_.empty() || layers_.back()->stage != stages() - 1 || layers_.back()->out != x ? nullptr : layers_.back().get();
-  if (made && kernels_.lif_sums)
+  if (kernels_.lif_sums)
     neurons_.push_back([this, made, kept, x] {
-      if (mentioned_[x] != 2) return;
-      const bool codes = made->residual >= 0 && values_[made->residual].kind == Kind::u8;
-      made->sums = LifOfSums(made->conv, kept->p, made->residual >= 0 && !codes, codes ? &made->scaled : nullptr);
+      if (made && mentioned_[x] == 2) {
+        const bool codes = made->residual >= 0 && values_[made->residual].kind == Kind::u8;
+        made->sums = LifOfSums(made->conv, kept->p, made->residual >= 0 && !codes, codes ? &made->scaled : nullptr);
+        if (made->sums.get()) return;
+      }
+      // Without a table the integers are as fast, and potentials that are round numbers, as those of attention, often lie on a threshold.
+      if (kept->p.table) kept->alone = LifOfSums(kept->p);
     });
   const auto run = [this, made, kept, x, y](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
     const Value &vx = values_[x], &vy = values_[y];
@@ -72,6 +77,11 @@ void Plan::lif_packed(int x, const PackedLif& given, std::vector<int32_t> table,
     char* to = place(vy, g, tile, capacity, s, 0);
     const size_t step = stride(vx, g, tile, capacity, s), out_step = stride(vy, g, tile, capacity, s);
     uint8_t* spikes = reinterpret_cast<uint8_t*>(to);
+    if (const SumsLif* alone = kept->alone.get()) {
+      const Drives in{nullptr, 0, reinterpret_cast<const int32_t*>(from), nullptr, step};
+      kernels_.lif_sums(*alone, in, 1, tile.count * vx.channels, spikes, out_step);
+      return;
+    }
     if (!made || !made->sums.get()) {
       kernels_.lif_packed(kept->p, reinterpret_cast<const int32_t*>(from), tile.count * vx.channels, step, spikes, out_step);
       return;
