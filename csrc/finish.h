@@ -58,7 +58,7 @@ struct QuantizeVector {
     factor = m[0], shift = q.shift;
     while (factor % 2 == 0 && shift > 1) factor /= 2, --shift;  // rshift(x * 2m, s + 1) = rshift(x * m, s) for s > 0
     half = 1 << (shift - 1);
-    const int64_t top = int64_t{hi} << shift, bottom = int64_t{lo} * (int64_t{1} << shift);
+    const int64_t unit = int64_t{1} << shift, top = hi * unit, bottom = lo * unit;
     last = static_cast<int32_t>(top / factor + (top % factor > 0));         // ceil: its code is hi
     first = static_cast<int32_t>(bottom / factor - (bottom % factor < 0));  // floor: its code is lo
   }
