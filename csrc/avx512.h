@@ -179,10 +179,9 @@ struct Avx512 {
   static void flush8(I32* acc, I32 part) {
     for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], _mm512_set1_epi32(1 << 8 * j), part);
   }
-  // The same, unsigned and times a number.
-  template <int kTimes = 1>
-  static void flush8_unsigned(I32* acc, I32 part) {
-    for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], part, _mm512_set1_epi32(kTimes << 8 * j));
+  // The same, unsigned and times a number up to 127.
+  static void flush8_unsigned(I32* acc, I32 part, int times = 1) {
+    for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], part, _mm512_set1_epi32(times << 8 * j));
   }
   // Depthwise convolution in 16 bits: depthwise_pairs.h.
   static constexpr bool kPairs = true;
@@ -276,22 +275,33 @@ struct Avx512 {
     return cpu_has_avx512_compress() ? append_events_avx512(to, count, codes, channels, base)
                                      : append_events_by_16(to, count, codes, channels, base);
   }
-  static size_t append_events_by_16(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base) {
+  // The same for bit `plane` of the codes, once each.
+  static size_t append_plane(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base, int plane) {
+    if (cpu_has_avx512_compress()) return append_plane_avx512(to, count, codes, channels, base, plane);
+    for (int c = 0; c < channels; c += kBytes) {
+      const __m512i code = load_codes(codes + c, channels - c);
+      put_by_16(to, count, c * kEventEntry + base, _mm512_test_epi8_mask(code, _mm512_set1_epi8(static_cast<char>(1 << plane))));
+    }
+    return count;
+  }
+  static void put_by_16(uint16_t* to, size_t& count, int first, uint64_t has) {
     const __m512i numbers = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                                _mm512_set1_epi32(kEventEntry));
+    for (int i = 0; i < kBytes; i += kLanes, has >>= kLanes) {
+      const __mmask16 some = static_cast<__mmask16>(has);
+      const __m512i number = _mm512_maskz_compress_epi32(some, _mm512_add_epi32(numbers, _mm512_set1_epi32(first + i * kEventEntry)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + count), _mm512_cvtepi32_epi16(number));
+      count += _mm_popcnt_u32(some);
+    }
+  }
+  static size_t append_events_by_16(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base) {
     for (int c = 0; c < channels; c += kBytes) {
       const __m512i code = load_codes(codes + c, channels - c);
       int least = 1;
       // Whether any of 64 codes reaches the next count is told well beforehand, whether one of 16 does is not.
       for (uint64_t has = _mm512_test_epi8_mask(code, code); has;
-           has = _mm512_cmpge_epu8_mask(code, _mm512_set1_epi8(static_cast<char>(++least)))) {
-        for (int i = 0; i < kBytes; i += kLanes, has >>= kLanes) {
-          const __mmask16 some = static_cast<__mmask16>(has);
-          const __m512i number = _mm512_maskz_compress_epi32(some, _mm512_add_epi32(numbers, _mm512_set1_epi32((c + i) * kEventEntry + base)));
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + count), _mm512_cvtepi32_epi16(number));
-          count += _mm_popcnt_u32(some);
-        }
-      }
+           has = _mm512_cmpge_epu8_mask(code, _mm512_set1_epi8(static_cast<char>(++least))))
+        put_by_16(to, count, c * kEventEntry + base, has);
     }
     return count;
   }

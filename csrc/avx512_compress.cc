@@ -5,7 +5,11 @@
 
 namespace bitspike {
 
-size_t append_events_avx512(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base) {
+namespace {
+
+// What it gives to `body`: load(c), 64 codes from channel c on, and put(c, has), which appends those of them that `has` names.
+template <class Body>
+size_t append(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base, Body body) {
   alignas(64) static constexpr uint8_t kNumbers[64] = {
       0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
       32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
@@ -28,19 +32,35 @@ size_t append_events_avx512(uint16_t* to, size_t count, const uint8_t* codes, in
     }
     count += found;
   };
+  body(load, put);
+  return count;
+}
+
+}  // namespace
+
+size_t append_events_avx512(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base) {
   // All channels whose code is not 0, then again all that reach 2, then 3. How far any channel of a pixel reaches is told beforehand
   // more often than how far any of 64 does, and a wrong guess takes longer than a turn in vain.
-  __m512i most = _mm512_setzero_si512();
-  for (int c = 0; c < channels; c += 64) {
-    const __m512i code = load(c);
-    most = _mm512_max_epu8(most, code);
-    put(c, _mm512_test_epi8_mask(code, code));
-  }
-  for (int least = 2;; ++least) {
-    const __m512i limit = _mm512_set1_epi8(static_cast<char>(least));
-    if (!_mm512_cmpge_epu8_mask(most, limit)) return count;
-    for (int c = 0; c < channels; c += 64) put(c, _mm512_cmpge_epu8_mask(load(c), limit));
-  }
+  return append(to, count, codes, channels, base, [=](const auto& load, const auto& put) {
+    __m512i most = _mm512_setzero_si512();
+    for (int c = 0; c < channels; c += 64) {
+      const __m512i code = load(c);
+      most = _mm512_max_epu8(most, code);
+      put(c, _mm512_test_epi8_mask(code, code));
+    }
+    for (int least = 2;; ++least) {
+      const __m512i limit = _mm512_set1_epi8(static_cast<char>(least));
+      if (!_mm512_cmpge_epu8_mask(most, limit)) return;
+      for (int c = 0; c < channels; c += 64) put(c, _mm512_cmpge_epu8_mask(load(c), limit));
+    }
+  });
+}
+
+size_t append_plane_avx512(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base, int plane) {
+  const __m512i bit = _mm512_set1_epi8(static_cast<char>(1 << plane));
+  return append(to, count, codes, channels, base, [=](const auto& load, const auto& put) {
+    for (int c = 0; c < channels; c += 64) put(c, _mm512_test_epi8_mask(load(c), bit));
+  });
 }
 
 }  // namespace bitspike

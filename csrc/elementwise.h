@@ -157,6 +157,7 @@ constexpr Kernels kernels(const char* name, ConvKernel popcount, ConvKernel slic
                     ielif<V>,
           lookup,
           true,
+          V::kCarrySave ? V::kBytes : 0,
           spin<V>};
 }
 

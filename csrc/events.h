@@ -8,7 +8,9 @@
 // Weights of 4 bits are kept two to a byte, as w + 8, for half the memory traffic: their partial sums are unsigned, 17 rows
 // of at most 15 each stay below 256, and 8 times the events is taken off at the end. Where three operands make one
 // instruction (V::kCarrySave), 8 rows at a time go through carry-save adders first, bit by bit: 14 logical instructions
-// leave one row of eights to unpack and add, where adding each row takes 5 instructions.
+// leave one row of eights to unpack and add, where adding each row takes 5 instructions. Codes beyond 1 may then be listed bit by
+// bit: after the rows of the highest bit, sums count twice as much, and those of the next bit are added. A code n is as many events
+// as it has bits.
 //
 // A strip of pixels (event_lists.h) runs through a block of outputs, chunk by chunk. Sums of a chunk of 8-bit weights wait in
 // memory for the next one; rows of 4-bit weights, half as long and slower to add, gain nothing by chunks and are one.
@@ -32,12 +34,10 @@ struct EventPacking : EventUnits {
   int32_t *m, *b;
   int *budget, *fits;
 
-  static bool in_nibbles(const Conv& c) {
-    return c.weight_lo >= -8 && c.weight_hi <= 7 && c.outputs > V::kBytes &&
-           static_cast<size_t>(c.kernel_h) * c.kernel_w * c.channels <= kListedRows;
-  }
-  EventPacking(const Conv& c, const void* packed)
-      : EventUnits(c, in_nibbles(c) ? kListedRows : kChunkRows, in_nibbles(c) && V::kCarrySave), nibbles(in_nibbles(c)) {
+  EventPacking(const Conv& c, const void* packed) : EventPacking(c, packed, rows_of_nibbles(c, V::kBytes)) {}
+  EventPacking(const Conv& c, const void* packed, bool in_nibbles)
+      : EventUnits(c, in_nibbles ? kListedRows : kChunkRows, in_nibbles && V::kCarrySave, in_nibbles && V::kCarrySave && c.by_bits ? c.bit_planes() : 1),
+        nibbles(in_nibbles) {
     stored = rows + 1;
     vectors = round_up(c.outputs, nibbles ? 2 * V::kBytes : V::kBytes) / V::kBytes;
     weights = round_up(stored * vectors * (nibbles ? V::kBytes / 2 : V::kBytes), 64);
@@ -158,49 +158,62 @@ void add_nibble_events(const int8_t* weight, const uint16_t* list, size_t count,
   }
 }
 
-// The same by carry-save adders, `count` being a multiple of kGroup: one, two and four are rows of 4-bit numbers of that
-// weight, eights are added up in bytes. What a group adds to each of them comes in last, so that groups wait for one adder.
+// The same by carry-save adders: one, two and four are rows of 4-bit numbers of that weight, eights are added up in bytes. What a group
+// adds to each of them comes in last, so that groups wait for one adder. Lists of all planes, the highest first, from positions[plane] to
+// the next, their lengths multiples of kGroup.
 template <class V, int N>
-void add_nibble_groups(const int8_t* weight, const uint16_t* list, size_t count, typename V::I32* acc) {
+void add_nibble_groups(const int8_t* weight, const uint16_t* strip, const uint32_t* positions, int planes, typename V::I32* acc) {
   using I32 = typename V::I32;
   constexpr size_t kScale = static_cast<size_t>(N) * V::kBytes / 2 / kEventEntry;
   constexpr int kBudget = 255 / 15;
-  const I32 start = V::splat(static_cast<int32_t>(0u - 8u * static_cast<uint32_t>(count)));
+  uint32_t rows = 0;
+  for (int i = 0; i < planes; ++i) rows = 2 * rows + (positions[i + 1] - positions[i]);
+  const I32 start = V::splat(static_cast<int32_t>(0u - 8u * rows));
   for (int i = 0; i < 4 * N; ++i) acc[i] = start;
+  const auto half = [](const I32* rows_of_4, int n) {
+    return V::low_nibbles(n % 2 ? V::shift_right_zero(rows_of_4[n / 2], 4) : rows_of_4[n / 2]);
+  };
   I32 one[N / 2], two[N / 2], four[N / 2], eights[N];
   for (int n = 0; n < N / 2; ++n) one[n] = two[n] = four[n] = V::zero();
   for (int n = 0; n < N; ++n) eights[n] = V::zero();
   int groups = 0;
-  for (const uint16_t* end = list + count; list < end; list += kGroup) {
-    size_t from[kGroup];
-    group_rows(list, from);
-    for (int n = 0; n < N / 2; ++n) {
-      const auto row = [&](int i) { return V::load_bytes(weight + from[i] * kScale + n * V::kBytes); };
-      // a + b + c as a sum, and what is carried.
-      const auto full = [](I32 a, I32 b, I32 c, I32& carry) {
-        carry = V::majority(a, b, c);
-        return V::parity(a, b, c);
-      };
-      I32 twos[4], fours[2], eight;
-      const I32 ones0 = full(row(0), row(1), row(2), twos[0]), ones1 = full(row(3), row(4), row(5), twos[1]);
-      const I32 ones2 = full(row(6), row(7), ones0, twos[2]);
-      one[n] = full(ones1, ones2, one[n], twos[3]);
-      const I32 more = full(twos[0], twos[1], twos[2], fours[0]);
-      two[n] = full(more, twos[3], two[n], fours[1]);
-      four[n] = full(fours[0], fours[1], four[n], eight);
-      eights[2 * n] = V::add8(eights[2 * n], V::low_nibbles(eight));
-      eights[2 * n + 1] = V::add8(eights[2 * n + 1], V::low_nibbles(V::shift_right_zero(eight, 4)));
+  for (int plane = planes - 1;; --plane, ++positions) {
+    const int worth = 8 << plane;  // at most 64
+    for (const uint16_t *list = strip + positions[0], *end = strip + positions[1]; list < end; list += kGroup) {
+      size_t from[kGroup];
+      group_rows(list, from);
+      for (int n = 0; n < N / 2; ++n) {
+        const auto row = [&](int i) { return V::load_bytes(weight + from[i] * kScale + n * V::kBytes); };
+        // a + b + c as a sum, and what is carried.
+        const auto full = [](I32 a, I32 b, I32 c, I32& carry) {
+          carry = V::majority(a, b, c);
+          return V::parity(a, b, c);
+        };
+        I32 twos[4], fours[2], eight;
+        const I32 ones0 = full(row(0), row(1), row(2), twos[0]), ones1 = full(row(3), row(4), row(5), twos[1]);
+        const I32 ones2 = full(row(6), row(7), ones0, twos[2]);
+        one[n] = full(ones1, ones2, one[n], twos[3]);
+        const I32 more = full(twos[0], twos[1], twos[2], fours[0]);
+        two[n] = full(more, twos[3], two[n], fours[1]);
+        four[n] = full(fours[0], fours[1], four[n], eight);
+        eights[2 * n] = V::add8(eights[2 * n], V::low_nibbles(eight));
+        eights[2 * n + 1] = V::add8(eights[2 * n + 1], V::low_nibbles(V::shift_right_zero(eight, 4)));
+      }
+      if (++groups == kBudget) {
+        for (int n = 0; n < N; ++n) V::flush8_unsigned(acc + 4 * n, eights[n], worth), eights[n] = V::zero();
+        groups = 0;
+      }
     }
-    if (++groups == kBudget) {
-      for (int n = 0; n < N; ++n) V::template flush8_unsigned<8>(acc + 4 * n, eights[n]), eights[n] = V::zero();
-      groups = 0;
-    }
+    if (plane == 0) break;
+    // One row of the list so far is two of the next, two are four, and four are its eights.
+    for (int n = 0; n < N; ++n) V::flush8_unsigned(acc + 4 * n, eights[n], worth), eights[n] = half(four, n);
+    for (int n = 0; n < N / 2; ++n) four[n] = two[n], two[n] = one[n], one[n] = V::zero();
+    groups = 1;
   }
   for (int n = 0; n < N; ++n) {
-    const auto half = [&](I32 v) { return V::low_nibbles(n % 2 ? V::shift_right_zero(v, 4) : v); };
-    const I32 fours = half(four[n / 2]), twos = V::add8(half(two[n / 2]), V::add8(fours, fours));
-    V::template flush8_unsigned<1>(acc + 4 * n, V::add8(half(one[n / 2]), V::add8(twos, twos)));  // at most 7 * 15
-    V::template flush8_unsigned<8>(acc + 4 * n, eights[n]);
+    const I32 fours = half(four, n), twos = V::add8(half(two, n), V::add8(fours, fours));
+    V::flush8_unsigned(acc + 4 * n, V::add8(half(one, n), V::add8(twos, twos)), 1);  // at most 7 * 15
+    V::flush8_unsigned(acc + 4 * n, eights[n], 8);
   }
 }
 
@@ -233,11 +246,10 @@ void nibble_block(const Conv& c, const EventPacking<V>& p, const EventLists& lis
                   size_t y, int o, const typename V::Scale& scale, const Finish& write) {
   const EventsFinish<V, N, Finish> finish{write, scale, p.m, p.b, o, c.outputs};
   for (size_t i = 0; i < pixels; ++i, y += c.outputs) {
-    const uint16_t* list = lists.strip + lists.positions[i];
-    const size_t count = lists.positions[i + 1] - lists.positions[i];
+    const uint32_t* positions = lists.positions + i * p.lists;
     typename V::I32 acc[4 * N];
-    if constexpr (V::kCarrySave) add_nibble_groups<V, N>(weight, list, count, acc);
-    else add_nibble_events<V, N>(weight, list, count, acc);
+    if constexpr (V::kCarrySave) add_nibble_groups<V, N>(weight, lists.strip, positions, p.planes, acc);
+    else add_nibble_events<V, N>(weight, lists.strip + positions[0], positions[1] - positions[0], acc);
     finish(acc, y);
   }
 }
@@ -284,7 +296,7 @@ void events_rows(const Conv& c, const EventPacking<V>& p, const void* image, int
     for (; pixel < all && pixel - first < kStripPixels && (pixel == first || count + lists.window <= lists.capacity); ++pixel) {
       if (ox == c.out_width) ox = 0, ++oy;
       const int top = oy * c.stride_h - c.pad_h, left = ox * c.stride_w - c.pad_w;
-      count = list_any<V>(c, p, codes, top, left, lists, listed, lists.positions + (pixel - first) * p.chunks, count);
+      count = list_any<V>(c, p, codes, top, left, lists, listed, lists.positions + (pixel - first) * p.lists, count);
       ++ox;
     }
     const int8_t* weight = p.weight;

@@ -33,6 +33,7 @@ struct Conv {
   int weight_lo, weight_hi;              // smallest and largest weight
   bool weight_pow2, weight_bipolar;      // every weight is 0 or +-2^e; every weight is -1 or +1
   bool wide_tiles;                       // winograd, if supported, can make 2x4 outputs at a time (winograd.h)
+  bool by_bits;                          // events: codes may be added bit by bit (events.h); may change from call to call
 
   int group_channels() const { return channels / groups; }
   int group_outputs() const { return outputs / groups; }
@@ -241,6 +242,7 @@ struct Kernels {
   // table: [channels, 256]
   void (*lookup)(const uint8_t* x, size_t rows, size_t channels, const int8_t* table, int8_t* y);
   bool direct;  // whether convolutions make use of Epilogue::direct
+  int plane_events;  // events: of more than so many outputs and weights of 4 bits, codes are added bit by bit; or 0
   // Runs bare instructions in registers for `rounds`; returns the multiply-accumulates they did (an addition counts as
   // one). 0 where there is no such instruction. Null: not measured.
   double (*spin)(Spin, size_t rounds);
@@ -250,9 +252,15 @@ extern const Kernels kernels_scalar;
 
 // Lists of events hold row numbers times this, a factor that the addressing of rows has for nothing.
 constexpr int kEventEntry = 8;
+constexpr int kListedRows = 8191;  // of weights: times kEventEntry, their numbers must fit into 16 bits
 
 // The rule for `supported` that every set starts from (scalar.cc); a set may support less, never more.
 bool may_support(Variant, const Conv&);
+
+// Events: whether rows of weights, `bytes` outputs to a vector, are kept as 4 bits an output (see events.h).
+inline bool rows_of_nibbles(const Conv& c, int bytes) {
+  return c.weight_lo >= -8 && c.weight_hi <= 7 && c.outputs > bytes && c.kernel_h * c.kernel_w * c.channels <= kListedRows;
+}
 
 // Sliced: whether the taps of a row lie side by side in a row of bits of `outputs` bits (see sliced.h).
 inline bool sliced_across(const Conv& c, int outputs) {
@@ -288,6 +296,7 @@ bool cpu_has_avx512_matrices();  // dispatch.cc
 
 // avx512_compress.cc, for CPUs with VBMI2: see append_events in avx512.h.
 size_t append_events_avx512(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base);
+size_t append_plane_avx512(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base, int plane);
 bool cpu_has_avx512_compress();  // dispatch.cc
 #endif
 

@@ -9,7 +9,6 @@
 #include <optional>
 #include <thread>
 
-#include "choice.h"
 #include "pool.h"
 
 namespace bitspike {
@@ -33,9 +32,13 @@ void look(const char* codes, size_t count, Sample& s) {
   const size_t run = std::min(kRun, count);
   for (size_t i = 0; i < kRuns; ++i) {
     const size_t start = (count - run) * i / (kRuns - 1);
-    uint32_t sum = 0;
+    uint32_t sum = 0, bits = 0;
     for (size_t j = 0; j < run; ++j) sum += from[start + j];
-    s.sum += sum;
+    for (size_t j = 0; j < run; ++j) {
+      const uint8_t code = from[start + j], pairs = code - (code >> 1 & 0x55), fours = (pairs & 0x33) + (pairs >> 2 & 0x33);
+      bits += (fours + (fours >> 4)) & 15;
+    }
+    s.sum += sum, s.bits += bits;
     s.codes += run;
   }
 }
@@ -169,7 +172,7 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
   int count = 0;
   for (int v = 0; v < kVariants; ++v) count += layer.able[v] = bitspike::able(kernels_, c, static_cast<Variant>(v));
   layer.choice = count > 1;
-  load_.push_back(-1);
+  load_.emplace_back();
   const size_t index = layers_.size() - 1;
   const int steps = values_[x].steps;
   const bool flat = !stage.parts;
@@ -179,6 +182,7 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
     const ConvKernel& k = kernels_.conv[static_cast<int>(variant)];
     const void* packed = layer.packed[static_cast<int>(variant)].get(0);
     Conv c = layer.conv;
+    c.by_bits = layer.by_bits.load(std::memory_order_relaxed);
     if (flat) c.height = c.out_height = 1, c.width = c.out_width = static_cast<int>(tile.count);
     const int row0 = flat ? 0 : tile.row0, row1 = flat ? 1 : tile.row1;
     void* scratch = s.kernel.get(k.scratch_bytes(c, row1 - row0));
@@ -331,6 +335,7 @@ std::vector<Variant> Plan::choose() {
     const Variant v = layer->forced >= 0 ? static_cast<Variant>(layer->forced)
                                          : cheapest(kernels_, c, layer->able, load_[variants.size()]);
     const int i = static_cast<int>(v);
+    layer->by_bits.store(by_bits(kernels_, c, load_[variants.size()]), std::memory_order_relaxed);
     if (!layer->ready[i]) {
       kernels_.conv[i].pack(c, layer->packed[i].get(std::max<size_t>(kernels_.conv[i].packed_bytes(c), 1)));
       layer->ready[i] = true;
@@ -360,8 +365,9 @@ void Plan::learn(const Workspace& w, size_t images, int first, int last) {
   }
   for (size_t i = 0; i < layers_.size(); ++i) {
     Sample all{};
-    for (const Scratch& s : w.scratch) all.codes += s.sample[i].codes, all.sum += s.sample[i].sum;
-    if (all.codes) blend(load_[i], float(all.sum) / all.codes);
+    for (const Scratch& s : w.scratch) all.codes += s.sample[i].codes, all.sum += s.sample[i].sum, all.bits += s.sample[i].bits;
+    if (!all.codes) continue;
+    blend(load_[i].mean, float(all.sum) / all.codes), blend(load_[i].bits, float(all.bits) / all.codes);
   }
 }
 
@@ -434,8 +440,8 @@ std::vector<Plan::Layer> Plan::layers() {
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layered& l = *layers_[i];
     // Neurons over time do not count their spikes; of codes that are 0 or 1 the share is their mean.
-    const float counted = density_[l.input], density = counted < 0 && l.conv.hi == 1 ? load_[i] : counted;
-    layers.push_back({l.stage, variants[i], l.able, l.sums.get() != nullptr, density, load_[i]});
+    const float counted = density_[l.input], density = counted < 0 && l.conv.hi == 1 ? load_[i].mean : counted;
+    layers.push_back({l.stage, variants[i], l.able, l.sums.get() != nullptr, density, load_[i].mean});
   }
   return layers;
 }

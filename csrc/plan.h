@@ -18,6 +18,7 @@
 #include <mutex>
 #include <vector>
 
+#include "choice.h"
 #include "kernels.h"
 #include "memory.h"
 #include "spiking.h"
@@ -42,9 +43,9 @@ struct Tile {
   size_t first, count;
 };
 
-// Some of the codes that a convolution read.
+// Some of the codes that a convolution read; bits: that are set.
 struct Sample {
-  size_t codes, sum;
+  size_t codes, sum, bits;
 };
 
 struct Scratch {  // of one thread
@@ -164,7 +165,7 @@ class Plan {
   std::mutex mutex_;  // of everything below, and of packing
   std::vector<std::unique_ptr<Workspace>> idle_;
   std::vector<float> density_;  // by value; -1: not known
-  std::vector<float> load_;     // by convolution; -1: not known
+  std::vector<Load> load_;      // by convolution
   bool called_ = false;         // and done, at least once
 };
 

@@ -20,6 +20,7 @@ struct Plan::Layered {
   std::atomic<const Direct*> direct_ready{nullptr};
   LifOfSums sums;  // of the one neuron that reads `out`, which then holds sums: 16 bits each, where a step's potentials would begin
   std::array<bool, kVariants> able{};
+  std::atomic<bool> by_bits{false};
   bool choice;  // more than one variant is able
   std::array<Memory, kVariants> packed;
   std::array<std::atomic<bool>, kVariants> ready{};

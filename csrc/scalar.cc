@@ -375,6 +375,7 @@ constexpr Kernels kernels_scalar = {"scalar",
                                     ielif,
                                     scalar_lookup,
                                     false,
+                                    0,
                                     nullptr};
 
 }  // namespace bitspike

@@ -187,6 +187,7 @@ bool check_conv(Random& r) {
   c.kind = r.chance(30) ? Kind::s8 : Kind::u8;
   c.hi = c.kind == Kind::s8 ? r.pick({1, 7, 127}) : r.pick({1, 1, 2, 4, 8, 15, 127, 255});
   c.lo = c.kind == Kind::s8 ? -c.hi - (c.hi == 127 && r.chance(20)) : 0;
+  c.by_bits = r.chance(50);
   c.shift = some_shift(r);
   const size_t taps = static_cast<size_t>(c.kernel_h) * c.kernel_w * c.group_channels();
   std::vector<int8_t> weight(c.outputs * taps);
@@ -392,7 +393,7 @@ bool check_lif_of_sums(Random& r, uint64_t& proved) {
   std::vector<uint32_t> words(make_buckets(packed.table, packed.entries, nullptr, nullptr));
   Buckets buckets{};
   if (!words.empty()) make_buckets(table.data(), packed.entries, exact(words), &buckets), packed.buckets = &buckets;
-  const int kind = static_cast<int>(r.between(0, 2));  // of residual: none, potentials, codes
+  const int kind = static_cast<int>(r.between(0, 3));  // of residual: none, potentials, codes; or potentials and no sums
   const Scaled scaled{static_cast<int32_t>(r.between(0, 32) * (1 << unit)), static_cast<int32_t>(r.between(-3, 3) * (1 << unit)), r.pick({0, 1, 3}), 4};
   const bool repeated = r.chance(20);
   std::vector<int16_t> sums((repeated ? 1 : steps) * count);
@@ -403,16 +404,16 @@ bool check_lif_of_sums(Random& r, uint64_t& proved) {
     residual[i] = r.chance(1) ? some_int32(r) : static_cast<int32_t>(r.between(-20, 20) * (1 << unit));
     codes[i] = static_cast<uint8_t>(r.between(0, scaled.hi));
     const int o = static_cast<int>(i % outputs);
-    const int64_t more = kind == 1 ? residual[i] : kind == 2 ? sat32(rshift(int64_t{codes[i]} * scaled.m, scaled.shift) + scaled.b) : 0;
-    x[i] = sat32(int64_t{sat32(rshift(int64_t{sums[i]} * m[o], c.shift) + b[o])} + more);
+    const int64_t more = kind % 2 == 1 ? residual[i] : kind == 2 ? sat32(rshift(int64_t{codes[i]} * scaled.m, scaled.shift) + scaled.b) : 0;
+    x[i] = sat32(kind == 3 ? more : int64_t{sat32(rshift(int64_t{sums[i]} * m[o], c.shift) + b[o])} + more);
   }
   const size_t step = repeated ? 0 : count;
   std::vector<uint8_t> expected(steps * count, 0x5a);
   kernels_scalar.lif_packed(packed, exact(x), count, step, exact(expected), count);
-  const LifOfSums numbers(c, packed, kind == 1, kind == 2 ? &scaled : nullptr);
+  const LifOfSums numbers = kind == 3 ? LifOfSums(packed) : LifOfSums(c, packed, kind == 1, kind == 2 ? &scaled : nullptr);
   if (!numbers.get()) return true;
   ++proved;
-  const Drives drives{exact(sums), step, kind == 1 ? exact(residual) : nullptr, kind == 2 ? exact(codes) : nullptr, step};
+  const Drives drives{kind == 3 ? nullptr : exact(sums), step, kind % 2 == 1 ? exact(residual) : nullptr, kind == 2 ? exact(codes) : nullptr, step};
   bool good = true;
   for (const Kernels* const* set = available_kernels(); *set; ++set) {
     if (!(*set)->lif_sums) continue;
