@@ -157,8 +157,8 @@ def test_a_hostile_number_of_values_is_placed_quickly():
     assert space.top < 2 * 501 * 64
 
 
-def spiking(share: float, batch: int = 3) -> tuple[Net, np.ndarray]:
-    """A network whose first convolution reads 0 and 1: rare or frequent events."""
+def spiking(share: float, batch: int = 3, most: int = 1) -> tuple[Net, np.ndarray]:
+    """A network whose second convolution reads rare or frequent events: 0 and 1, or counts up to `most`."""
     rng = np.random.default_rng(1)
     scheme = {"kind": "uniform", "bits": 4}
     tensors = {"w": pack_codes(rng.integers(-8, 8, (128, 3, 3, 64)), scheme), "m": np.full(128, 99, np.int32),
@@ -170,9 +170,9 @@ def spiking(share: float, batch: int = 3) -> tuple[Net, np.ndarray]:
     program = [
         {**conv, "in": ["pixels"], "out": "x", "weight": "one", "shape": [64, 3, 1, 1], "m": "m0", "b": "b0",
          "range": [0, 255]},
-        {"op": "quantize", "in": ["x"], "out": "spikes", "m": 1, "s": 12, "lo": 0, "hi": 1, "dtype": "u8"},
+        {"op": "quantize", "in": ["x"], "out": "spikes", "m": most, "s": 12, "lo": 0, "hi": most, "dtype": "u8"},
         {**conv, "in": ["spikes"], "out": "y", "weight": "w", "shape": [128, 64, 3, 3], "padding": [1, 1], "m": "m", "b": "b",
-         "range": [0, 1], "layer": "sparse"},
+         "range": [0, most], "layer": "sparse"},
         {"op": "quantize", "in": ["y"], "out": "n", "m": 1, "s": 6, "lo": 0, "hi": 4, "dtype": "u8"},
         {**conv, "in": ["n"], "out": "z", "weight": "w2", "shape": [7, 128, 1, 1], "m": "m2", "b": "b2", "range": [0, 4]},
         {"op": "mean", "in": ["z"], "out": "logits", "over": "space", "m": 1},
@@ -180,7 +180,8 @@ def spiking(share: float, batch: int = 3) -> tuple[Net, np.ndarray]:
     header = {"name": "events", "input": {"height": 16, "width": 16, "channels": 3, "resize": None},
               "classes": list("abcdefg"), "time_steps": 1, "fraction_bits": 8, "program": program, "output": "logits",
               "provenance": {}}
-    images = np.where(rng.random((batch, 16, 16, 3)) < share, 255, 0).astype(np.uint8)
+    codes = rng.integers(1, most + 1, (batch, 16, 16, 3))
+    images = np.where(rng.random(codes.shape) < share, codes * 255 // most, 0).astype(np.uint8)
     return Net(parse(encode(header, tensors))), images
 
 
@@ -196,6 +197,24 @@ def test_the_variant_follows_the_density():
         assert row.density == pytest.approx((images != 0).mean(), abs=0.02)
         if "events" in row.able:
             assert row.variant in expected
+
+
+@compiled_sets
+@pytest.mark.parametrize("most", [2, 4, 9, 15])
+@pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
+def test_counts_are_events_one_by_one_or_bit_by_bit(most: int, share: float):
+    """The first call lists a code as often as it says, later ones by its bits where those are fewer."""
+    net, images = spiking(share, most=most)
+    wanted = by_trace(net, images)
+    for name in kernels.available()[1:]:
+        kernels.use(name)
+        np.testing.assert_array_equal(net(images, threads=1), wanted, err_msg=name)
+        inside = net.executor._compiled[name].plan
+        for index, layer in enumerate(inside.layers()):
+            inside.force(index, "events" if "events" in layer["able"] else "")
+        for _ in range(2):
+            np.testing.assert_array_equal(net(images, threads=2), wanted, err_msg=name)
+    kernels.use(kernels.available()[-1])
 
 
 @compiled_sets
