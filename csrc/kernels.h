@@ -259,7 +259,8 @@ bool may_support(Variant, const Conv&);
 
 // Events: whether rows of weights, `bytes` outputs to a vector, are kept as 4 bits an output (see events.h).
 inline bool rows_of_nibbles(const Conv& c, int bytes) {
-  return c.weight_lo >= -8 && c.weight_hi <= 7 && c.outputs > bytes && c.kernel_h * c.kernel_w * c.channels <= kListedRows;
+  return c.weight_lo >= -8 && c.weight_hi <= 7 && c.outputs > bytes &&
+         static_cast<size_t>(c.kernel_h) * c.kernel_w * c.channels <= kListedRows;
 }
 
 // Sliced: whether the taps of a row lie side by side in a row of bits of `outputs` bits (see sliced.h).
