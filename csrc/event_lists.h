@@ -77,13 +77,6 @@ struct EventLists {
   }
 };
 
-// The rows of a group. Two words are read in place of eight entries: beside the rows themselves, loads are what there is least of.
-inline void group_rows(const uint16_t* list, size_t* row) {
-  uint64_t words[2];
-  memcpy(words, list, sizeof words);
-  for (size_t i = 0; i < kGroup; ++i) row[i] = words[i / 4] >> 16 * (i % 4) & 0xffff;
-}
-
 // What the lists of column x count from, modulo 2^16. Where units are whole pixels they run on from pixel to pixel, as rows of
 // weights do from tap to tap: those of neighbours are then one list for a window, wherever that begins.
 inline uint16_t list_base(const EventUnits& p, int x) {
@@ -284,7 +277,8 @@ size_t list_any(const Conv& c, const EventUnits& p, const uint8_t* codes, int to
   if (listed < top) listed = top;
   for (; listed < top + c.kernel_h && listed < c.height; ++listed) list_row<V>(c, p, codes, listed, lists);
   if (!one) return list_window<V>(c, p, top, left, lists, positions, count);
-  return list_planes<V>(p, lists.strip, positions, count, [&](int plane, size_t n) { return list_taps<V>(c, p, plane, top, left, lists, n); });
+  return list_planes<V>(p, lists.strip, positions, count,
+                        [&](int plane, size_t n) { return list_taps<V>(c, p, plane, top, left, lists, n); });
 }
 
 }  // namespace

@@ -15,7 +15,7 @@
 // A strip of pixels (event_lists.h) runs through a block of outputs, chunk by chunk. Sums of a chunk of 8-bit weights wait in
 // memory for the next one; rows of 4-bit weights, half as long and slower to add, gain nothing by chunks and are one.
 #pragma once
-#include "event_lists.h"
+#include "carry_save.h"
 
 namespace bitspike {
 namespace {
@@ -36,7 +36,8 @@ struct EventPacking : EventUnits {
 
   EventPacking(const Conv& c, const void* packed) : EventPacking(c, packed, rows_of_nibbles(c, V::kBytes)) {}
   EventPacking(const Conv& c, const void* packed, bool in_nibbles)
-      : EventUnits(c, in_nibbles ? kListedRows : kChunkRows, in_nibbles && V::kCarrySave, in_nibbles && V::kCarrySave && c.by_bits ? c.bit_planes() : 1),
+      : EventUnits(c, in_nibbles ? kListedRows : kChunkRows, in_nibbles && V::kCarrySave,
+                   in_nibbles && V::kCarrySave && c.by_bits ? c.bit_planes() : 1),
         nibbles(in_nibbles) {
     stored = rows + 1;
     vectors = round_up(c.outputs, nibbles ? 2 * V::kBytes : V::kBytes) / V::kBytes;
@@ -158,46 +159,28 @@ void add_nibble_events(const int8_t* weight, const uint16_t* list, size_t count,
   }
 }
 
-// The same by carry-save adders: one, two and four are rows of 4-bit numbers of that weight, eights are added up in bytes. What a group
-// adds to each of them comes in last, so that groups wait for one adder. Lists of all planes, the highest first, from positions[plane] to
-// the next, their lengths multiples of kGroup.
+// The same by carry-save adders (carry_save.h): sums[n][k] are 4-bit numbers worth 2^k each, eights are added up in bytes. Lists of all
+// planes, the highest first, from positions[plane] to the next, their lengths multiples of kGroup.
 template <class V, int N>
 void add_nibble_groups(const int8_t* weight, const uint16_t* strip, const uint32_t* positions, int planes, typename V::I32* acc) {
   using I32 = typename V::I32;
-  constexpr size_t kScale = static_cast<size_t>(N) * V::kBytes / 2 / kEventEntry;
   constexpr int kBudget = 255 / 15;
   uint32_t rows = 0;
   for (int i = 0; i < planes; ++i) rows = 2 * rows + (positions[i + 1] - positions[i]);
   const I32 start = V::splat(static_cast<int32_t>(0u - 8u * rows));
   for (int i = 0; i < 4 * N; ++i) acc[i] = start;
-  const auto half = [](const I32* rows_of_4, int n) {
-    return V::low_nibbles(n % 2 ? V::shift_right_zero(rows_of_4[n / 2], 4) : rows_of_4[n / 2]);
-  };
-  I32 one[N / 2], two[N / 2], four[N / 2], eights[N];
-  for (int n = 0; n < N / 2; ++n) one[n] = two[n] = four[n] = V::zero();
+  I32 sums[N / 2][3], eights[N];
+  for (int n = 0; n < N / 2; ++n) sums[n][0] = sums[n][1] = sums[n][2] = V::zero();
   for (int n = 0; n < N; ++n) eights[n] = V::zero();
+  const auto half = [](I32 numbers, int n) { return V::low_nibbles(n % 2 ? V::shift_right_zero(numbers, 4) : numbers); };
   int groups = 0;
   for (int plane = planes - 1;; --plane, ++positions) {
     const int worth = 8 << plane;  // at most 64
     for (const uint16_t *list = strip + positions[0], *end = strip + positions[1]; list < end; list += kGroup) {
-      size_t from[kGroup];
-      group_rows(list, from);
       for (int n = 0; n < N / 2; ++n) {
-        const auto row = [&](int i) { return V::load_bytes(weight + from[i] * kScale + n * V::kBytes); };
-        // a + b + c as a sum, and what is carried.
-        const auto full = [](I32 a, I32 b, I32 c, I32& carry) {
-          carry = V::majority(a, b, c);
-          return V::parity(a, b, c);
-        };
-        I32 twos[4], fours[2], eight;
-        const I32 ones0 = full(row(0), row(1), row(2), twos[0]), ones1 = full(row(3), row(4), row(5), twos[1]);
-        const I32 ones2 = full(row(6), row(7), ones0, twos[2]);
-        one[n] = full(ones1, ones2, one[n], twos[3]);
-        const I32 more = full(twos[0], twos[1], twos[2], fours[0]);
-        two[n] = full(more, twos[3], two[n], fours[1]);
-        four[n] = full(fours[0], fours[1], four[n], eight);
-        eights[2 * n] = V::add8(eights[2 * n], V::low_nibbles(eight));
-        eights[2 * n + 1] = V::add8(eights[2 * n + 1], V::low_nibbles(V::shift_right_zero(eight, 4)));
+        const uint8_t* rows_at = reinterpret_cast<const uint8_t*>(weight) + n * V::kBytes;
+        const I32 eight = add_group<V, N * V::kBytes / 2>(rows_at, list, sums[n]);
+        for (int i = 2 * n; i < 2 * n + 2; ++i) eights[i] = V::add8(eights[i], half(eight, i));
       }
       if (++groups == kBudget) {
         for (int n = 0; n < N; ++n) V::flush8_unsigned(acc + 4 * n, eights[n], worth), eights[n] = V::zero();
@@ -206,13 +189,14 @@ void add_nibble_groups(const int8_t* weight, const uint16_t* strip, const uint32
     }
     if (plane == 0) break;
     // One row of the list so far is two of the next, two are four, and four are its eights.
-    for (int n = 0; n < N; ++n) V::flush8_unsigned(acc + 4 * n, eights[n], worth), eights[n] = half(four, n);
-    for (int n = 0; n < N / 2; ++n) four[n] = two[n], two[n] = one[n], one[n] = V::zero();
+    for (int n = 0; n < N; ++n) V::flush8_unsigned(acc + 4 * n, eights[n], worth), eights[n] = half(sums[n / 2][2], n);
+    for (int n = 0; n < N / 2; ++n) sums[n][2] = sums[n][1], sums[n][1] = sums[n][0], sums[n][0] = V::zero();
     groups = 1;
   }
   for (int n = 0; n < N; ++n) {
-    const I32 fours = half(four, n), twos = V::add8(half(two, n), V::add8(fours, fours));
-    V::flush8_unsigned(acc + 4 * n, V::add8(half(one, n), V::add8(twos, twos)), 1);  // at most 7 * 15
+    const I32* own = sums[n / 2];
+    const I32 fours = half(own[2], n), twos = V::add8(half(own[1], n), V::add8(fours, fours));
+    V::flush8_unsigned(acc + 4 * n, V::add8(half(own[0], n), V::add8(twos, twos)));  // at most 7 * 15
     V::flush8_unsigned(acc + 4 * n, eights[n], 8);
   }
 }

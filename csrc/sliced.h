@@ -13,14 +13,13 @@
 // four *lanes* of a vector: the events of an input column are added once for all taps, that is for neighbouring output
 // pixels. After every column the last lane is a finished pixel, and the others move up.
 #pragma once
-#include "event_lists.h"
+#include "carry_save.h"
 
 namespace bitspike {
 namespace {
 
 constexpr int kCountPlanes = 16;
 
-// Planes live in registers, so what works on them must not become a call.
 // What lists are made for: whole windows, or their columns.
 inline Conv listed_windows(const Conv& c, bool across) {
   Conv column = c;
@@ -105,35 +104,10 @@ size_t sliced_scratch_bytes(const Conv& c, int) {
   return EventLists(p.listed, p.units, sliced_own_bytes<V>(p), nullptr).bytes;
 }
 
-// a + b + c as a sum, and what is carried.
-template <class V>
-BITSPIKE_INLINE typename V::I32 full_adder(typename V::I32 a, typename V::I32 b, typename V::I32 c, typename V::I32& carry) {
-  carry = V::majority(a, b, c);
-  return V::parity(a, b, c);
-}
-
-// Eight rows into planes 0, 1 and 2; returns what is carried. The planes come in last, so that groups wait for one adder only.
-template <class V>
-BITSPIKE_INLINE typename V::I32 add_group(const uint8_t* weight, const uint16_t* list, typename V::I32* plane) {
-  using I32 = typename V::I32;
-  constexpr size_t kScale = V::kBytes / kEventEntry;
-  size_t from[kGroup];
-  group_rows(list, from);
-  const auto row = [&](int i) { return V::load_bytes(reinterpret_cast<const int8_t*>(weight + from[i] * kScale)); };
-  I32 twos[4], fours[2], eights;
-  const I32 ones0 = full_adder<V>(row(0), row(1), row(2), twos[0]), ones1 = full_adder<V>(row(3), row(4), row(5), twos[1]);
-  const I32 ones2 = full_adder<V>(row(6), row(7), ones0, twos[2]);
-  plane[0] = full_adder<V>(ones1, ones2, plane[0], twos[3]);
-  const I32 more = full_adder<V>(twos[0], twos[1], twos[2], fours[0]);
-  plane[1] = full_adder<V>(more, twos[3], plane[1], fours[1]);
-  plane[2] = full_adder<V>(fours[0], fours[1], plane[2], eights);
-  return eights;
-}
-
 // Sixteen rows into planes 0 to 3.
 template <class V>
 BITSPIKE_INLINE typename V::I32 add_groups(const uint8_t* weight, const uint16_t* list, typename V::I32* plane) {
-  const typename V::I32 some = add_group<V>(weight, list, plane), more = add_group<V>(weight, list + kGroup, plane);
+  const typename V::I32 some = add_group<V, V::kBytes>(weight, list, plane), more = add_group<V, V::kBytes>(weight, list + kGroup, plane);
   typename V::I32 carry;
   plane[3] = full_adder<V>(some, more, plane[3], carry);
   return carry;
@@ -171,7 +145,7 @@ void add_planes(const uint8_t* weight, const EventLists& lists, size_t count, si
       carry_on<V, kPlanes, 4>(plane, add_groups<V>(weight, list, plane));
       list += 2 * kGroup;
     }
-    if (list < end) carry_on<V, kPlanes, 3>(plane, add_group<V>(weight, list, plane));
+    if (list < end) carry_on<V, kPlanes, 3>(plane, add_group<V, V::kBytes>(weight, list, plane));
     if (!kAcross) {
       for (int p = 0; p < kPlanes; ++p) V::store_lanes(to + p * kLaneBytes, kPlanes * kLaneBytes, plane[p]);
       to += 4 * kPlanes * kLaneBytes;
