@@ -63,14 +63,11 @@ def measure(isa: str, shape: tuple[int, ...], share: float, top: int, weights: s
     logits = np.empty((1, outputs), np.float32)
     samples = []
     reads = out * out * kernel * kernel * channels
-    whole = codes.sum() / codes.size
-    # csrc/events.h: AVX-512 adds rows of 4-bit weights bit by bit, where that pays
-    bits = sum((codes >> bit & 1).sum() for bit in range(4)) / codes.size
-    by_bits = isa == "avx512" and outputs > 64 and bits + 30 / (kernel * kernel * channels) < whole
+    events = {False: codes.sum() / codes.size, True: np.unpackbits(images).sum() / codes.size}  # by bits, or one by one
     for _ in range(9):
         plan.run(images, logits, 1, np.empty(0))
-    taken = plan.layers()[0]["variant"]
-    for variant in plan.layers()[0]["able"]:
+    (layer,) = plan.layers()
+    for variant in layer["able"]:
         plan.force(0, variant)
         best = np.inf
         for _ in range(repeats + 1):
@@ -80,10 +77,9 @@ def measure(isa: str, shape: tuple[int, ...], share: float, top: int, weights: s
         added = additions(isa, variant, reads, outputs, kernel, stride)
         wide = 21 * max(map(abs, WEIGHTS[weights])) <= 127
         products = tile_products(out, wide) * channels * outputs if variant == "winograd" else reads * outputs
-        events = bits if variant == "events" and by_bits else whole
-        features = [products, added * events, reads, out * out * outputs]
+        features = [products, added * events[variant == "events" and layer["by_bits"]], reads, out * out * outputs]
         samples.append(Sample(variant, features, best, (shape, share, top, weights)))
-    return taken, samples
+    return layer["variant"], samples
 
 
 def additions(isa: str, variant: str, reads: int, outputs: int, kernel: int, stride: int) -> float:

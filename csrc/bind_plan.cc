@@ -236,7 +236,7 @@ class Builder {
         if (l.able[v]) able.append(variant_name(static_cast<Variant>(v)));
       nb::dict d;
       d["stage"] = l.stage, d["variant"] = variant_name(l.variant), d["able"] = able;
-      d["summed"] = l.summed;
+      d["summed"] = l.summed, d["by_bits"] = l.by_bits;
       d["density"] = l.density < 0 ? nb::none() : nb::object(nb::float_(l.density));
       d["load"] = l.load < 0 ? nb::none() : nb::object(nb::float_(l.load));
       list.append(d);

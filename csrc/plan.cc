@@ -26,7 +26,8 @@ double now() {
 }
 
 // A deterministic sample of codes: short runs, spread evenly, no two of them at the same channels for long.
-void look(const char* codes, size_t count, Sample& s) {
+// `counts`: there are others than 0 and 1.
+void look(const char* codes, size_t count, bool counts, Sample& s) {
   constexpr size_t kRuns = 16, kRun = 64;
   const uint8_t* from = reinterpret_cast<const uint8_t*>(codes);
   const size_t run = std::min(kRun, count);
@@ -34,11 +35,11 @@ void look(const char* codes, size_t count, Sample& s) {
     const size_t start = (count - run) * i / (kRuns - 1);
     uint32_t sum = 0, bits = 0;
     for (size_t j = 0; j < run; ++j) sum += from[start + j];
-    for (size_t j = 0; j < run; ++j) {
+    for (size_t j = 0; counts && j < run; ++j) {
       const uint8_t code = from[start + j], pairs = code - (code >> 1 & 0x55), fours = (pairs & 0x33) + (pairs >> 2 & 0x33);
       bits += (fours + (fours >> 4)) & 15;
     }
-    s.sum += sum, s.bits += bits;
+    s.sum += sum, s.bits += counts ? bits : sum;
     s.codes += run;
   }
 }
@@ -192,7 +193,7 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
     for (int t = 0; t < steps; ++t) {
       const char* from = flat ? place(values_[x], g, tile, capacity, s, t) : image(values_[x], g, tile.image, t);
       const size_t all = values_[x].positions() * unit;  // with padding, the last rows may read none of it
-      if (layer.choice && skipped < all) look(from + skipped, std::min(read, all - skipped), s.sample[index]);
+      if (layer.choice && skipped < all) look(from + skipped, std::min(read, all - skipped), c.hi > 1, s.sample[index]);
       const bool summed = layer.sums.get();
       Epilogue e = epilogue(f, g, tile, capacity, s, t, summed);
       e.direct = layer.direct_ready.load(std::memory_order_acquire);
@@ -441,7 +442,7 @@ std::vector<Plan::Layer> Plan::layers() {
     const Layered& l = *layers_[i];
     // Neurons over time do not count their spikes; of codes that are 0 or 1 the share is their mean.
     const float counted = density_[l.input], density = counted < 0 && l.conv.hi == 1 ? load_[i].mean : counted;
-    layers.push_back({l.stage, variants[i], l.able, l.sums.get() != nullptr, density, load_[i].mean});
+    layers.push_back({l.stage, variants[i], l.able, l.sums.get() != nullptr, l.by_bits, density, load_[i].mean});
   }
   return layers;
 }

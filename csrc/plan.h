@@ -124,6 +124,7 @@ class Plan {
     Variant variant;                  // the one the next call takes
     std::array<bool, kVariants> able;
     bool summed;          // its one reader is a neuron that reads sums
+    bool by_bits;         // its events, if that is the variant, are the bits of codes
     float density, load;  // of its input in the calls so far: share that is not 0, mean code; negative: not known
   };
   std::vector<Layer> layers();

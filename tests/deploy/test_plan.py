@@ -214,6 +214,8 @@ def test_counts_are_events_one_by_one_or_bit_by_bit(most: int, share: float):
             inside.force(index, "events" if "events" in layer["able"] else "")
         for _ in range(2):
             np.testing.assert_array_equal(net(images, threads=2), wanted, err_msg=name)
+        (_, sparse, _) = inside.layers()
+        assert sparse["by_bits"] == (name == "avx512" and share > 0.1)
     kernels.use(kernels.available()[-1])
 
 
