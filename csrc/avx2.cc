@@ -249,15 +249,13 @@ struct Avx2 {
       count[v] = _mm256_add_epi32(widen_u8(low + 8 * v), _mm256_slli_epi32(widen_u8(high + 8 * v), 8));
   }
   // Four lanes of a quarter of a vector.
-  static void store_last_lane(uint8_t* p, I32 v) {
-    _mm_storeh_pd(reinterpret_cast<double*>(p), _mm_castsi128_pd(_mm256_extracti128_si256(v, 1)));
-  }
+  static void store_first_lane(uint8_t* p, I32 v) { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(v)); }
   static void store_lanes(uint8_t* p, size_t step, I32 v) {
     alignas(32) uint8_t lanes[kBytes];
     _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), v);
     for (int i = 0; i < 4; ++i) memcpy(p + i * step, lanes + 8 * i, 8);
   }
-  static I32 lanes_up(I32 v) { return _mm256_blend_epi32(zero(), _mm256_permute4x64_epi64(v, 0x90), 0xfc); }
+  static I32 lanes_down(I32 v) { return _mm256_blend_epi32(_mm256_permute4x64_epi64(v, 0x39), zero(), 0xc0); }
   static I32 low_nibbles(I32 v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
   // Appends every channel's number times kEventEntry, plus `base`, as often as its code says.
   static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base) {

@@ -259,16 +259,14 @@ struct Avx512 {
     to[1] = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(v, 1));
   }
   // Four lanes of a quarter of a vector.
-  static void store_last_lane(uint8_t* p, I32 v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_extracti32x4_epi32(v, 3));
-  }
+  static void store_first_lane(uint8_t* p, I32 v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_castsi512_si128(v)); }
   static void store_lanes(uint8_t* p, size_t step, I32 v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_castsi512_si128(v));
+    store_first_lane(p, v);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p + step), _mm512_extracti32x4_epi32(v, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 2 * step), _mm512_extracti32x4_epi32(v, 2));
-    store_last_lane(p + 3 * step, v);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 3 * step), _mm512_extracti32x4_epi32(v, 3));
   }
-  static I32 lanes_up(I32 v) { return _mm512_maskz_shuffle_i64x2(0xfc, v, v, 0x90); }
+  static I32 lanes_down(I32 v) { return _mm512_alignr_epi64(zero(), v, 2); }
   static I32 low_nibbles(I32 v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
   // Appends every channel's number times kEventEntry, plus `base`, as often as its code says, in no order; may write 64 entries too many.
   static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base) {

@@ -265,16 +265,16 @@ struct Neon : NeonCodes<kDot> {
     count[3] = vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(high)));
   }
   // Four lanes of a quarter of a vector.
-  static void store_last_lane(uint8_t* p, I32 v) {
-    const int32_t last = vgetq_lane_s32(v, 3);
-    memcpy(p, &last, 4);
+  static void store_first_lane(uint8_t* p, I32 v) {
+    const int32_t first = vgetq_lane_s32(v, 0);
+    memcpy(p, &first, 4);
   }
   static void store_lanes(uint8_t* p, size_t step, I32 v) {
     int32_t lanes[4];
     vst1q_s32(lanes, v);
     for (int i = 0; i < 4; ++i) memcpy(p + i * step, lanes + i, 4);
   }
-  static I32 lanes_up(I32 v) { return vextq_s32(vdupq_n_s32(0), v, 3); }
+  static I32 lanes_down(I32 v) { return vextq_s32(v, vdupq_n_s32(0), 1); }
   static I32 low_nibbles(I32 v) { return vandq_s32(v, vreinterpretq_s32_s8(vdupq_n_s8(15))); }
   static size_t append_events(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base) {
     for (int c = 0; c < channels; c += kBytes) {

@@ -11,7 +11,7 @@
 //
 // Where one or two blocks of a quarter of a vector hold all outputs, the taps of a row of the window lie side by side in the
 // four *lanes* of a vector: the events of an input column are added once for all taps, that is for neighbouring output
-// pixels. After every column the last lane is a finished pixel, and the others move up.
+// pixels. After every column the first lane is a finished pixel, and the others move down.
 #pragma once
 #include "carry_save.h"
 
@@ -79,8 +79,8 @@ void sliced_pack(const Conv& c, void* packed) {
     uint8_t* block = p.weight + o / p.block * p.block_bytes();
     for (int ky = 0; ky < c.kernel_h; ++ky)
       for (int kx = 0; kx < c.kernel_w; ++kx) {
-        // Across: the last tap of a row in the last lane.
-        const int bit = o % p.block + (p.across ? (4 - c.kernel_w + kx) * SlicedPacking<V>::kLane : 0);
+        // Across: the last tap of a row in the first lane.
+        const int bit = o % p.block + (p.across ? (c.kernel_w - 1 - kx) * SlicedPacking<V>::kLane : 0);
         const int tap = p.across ? ky : ky * c.kernel_w + kx;
         uint8_t* to = block + static_cast<size_t>(tap) * c.channels * V::kBytes + bit / 8;
         for (int i = 0; i < c.channels; ++i, to += V::kBytes)
@@ -113,6 +113,15 @@ BITSPIKE_INLINE typename V::I32 add_groups(const uint8_t* weight, const uint16_t
   return carry;
 }
 
+// Thirty-two rows into planes 0 to 4.
+template <class V>
+BITSPIKE_INLINE typename V::I32 add_more_groups(const uint8_t* weight, const uint16_t* list, typename V::I32* plane) {
+  const typename V::I32 some = add_groups<V>(weight, list, plane), more = add_groups<V>(weight, list + 2 * kGroup, plane);
+  typename V::I32 carry;
+  plane[4] = full_adder<V>(some, more, plane[4], carry);
+  return carry;
+}
+
 // Adds a row of bits to the planes from `kFrom` on.
 template <class V, int kPlanes, int kFrom>
 BITSPIKE_INLINE void carry_on(typename V::I32* plane, typename V::I32 carry) {
@@ -123,37 +132,46 @@ BITSPIKE_INLINE void carry_on(typename V::I32* plane, typename V::I32 carry) {
   }
 }
 
-// The planes of a strip's finished pixels, lane by lane, for one block of outputs. Of the lists, whose lengths are multiples of kGroup, the
-// first kernel_w - 1 finish no pixel if kAcross.
+// The rows of a list, whose length is a multiple of kGroup. What the last groups carry goes through the planes once for all of them.
+template <class V, int kPlanes>
+BITSPIKE_INLINE void add_list(const uint8_t* weight, const uint16_t* list, const uint16_t* end, typename V::I32* plane) {
+  using I32 = typename V::I32;
+  for (; end - list >= static_cast<ptrdiff_t>(8 * kGroup); list += 8 * kGroup) {
+    const I32 some = add_more_groups<V>(weight, list, plane), more = add_more_groups<V>(weight, list + 4 * kGroup, plane);
+    I32 carry;
+    plane[5] = full_adder<V>(some, more, plane[5], carry);
+    carry_on<V, kPlanes, 6>(plane, carry);
+  }
+  I32 eights = V::zero(), sixteens = V::zero(), more = V::zero(), carry;
+  if (end - list >= static_cast<ptrdiff_t>(4 * kGroup)) more = add_more_groups<V>(weight, list, plane), list += 4 * kGroup;
+  if (end - list >= static_cast<ptrdiff_t>(2 * kGroup)) sixteens = add_groups<V>(weight, list, plane), list += 2 * kGroup;
+  if (list < end) eights = add_group<V, V::kBytes>(weight, list, plane);
+  const I32 low = plane[3];
+  plane[3] = V::xor_(low, eights);
+  plane[4] = full_adder<V>(plane[4], sixteens, V::and_(low, eights), carry);
+  plane[5] = full_adder<V>(plane[5], more, carry, more);
+  carry_on<V, kPlanes, 6>(plane, more);
+}
+
+// The planes of a strip's finished pixels, lane by lane, for one block of outputs. Of the lists, the first kernel_w - 1 finish no pixel
+// if kAcross.
 template <class V, int kPlanes, bool kAcross>
 void add_planes(const uint8_t* weight, const EventLists& lists, size_t count, size_t kernel_w, uint8_t* to) {
-  using I32 = typename V::I32;
   constexpr size_t kLaneBytes = V::kBytes / 4;
-  I32 plane[kPlanes];
+  typename V::I32 plane[kPlanes];
   for (int p = 0; p < kPlanes; ++p) plane[p] = V::zero();
   for (size_t i = 0; i < count; ++i) {
     if (!kAcross)
       for (int p = 0; p < kPlanes; ++p) plane[p] = V::zero();
-    const uint16_t *list = lists.strip + lists.positions[i], *end = lists.strip + lists.positions[i + 1];
-    for (; end - list >= static_cast<ptrdiff_t>(4 * kGroup); list += 4 * kGroup) {
-      const I32 some = add_groups<V>(weight, list, plane), more = add_groups<V>(weight, list + 2 * kGroup, plane);
-      I32 carry;
-      plane[4] = full_adder<V>(some, more, plane[4], carry);
-      carry_on<V, kPlanes, 5>(plane, carry);
-    }
-    if (end - list >= static_cast<ptrdiff_t>(2 * kGroup)) {
-      carry_on<V, kPlanes, 4>(plane, add_groups<V>(weight, list, plane));
-      list += 2 * kGroup;
-    }
-    if (list < end) carry_on<V, kPlanes, 3>(plane, add_group<V, V::kBytes>(weight, list, plane));
+    add_list<V, kPlanes>(weight, lists.strip + lists.positions[i], lists.strip + lists.positions[i + 1], plane);
     if (!kAcross) {
       for (int p = 0; p < kPlanes; ++p) V::store_lanes(to + p * kLaneBytes, kPlanes * kLaneBytes, plane[p]);
       to += 4 * kPlanes * kLaneBytes;
       continue;
     }
     if (i + 1 >= kernel_w)
-      for (int p = 0; p < kPlanes; ++p, to += kLaneBytes) V::store_last_lane(to, plane[p]);
-    for (int p = 0; p < kPlanes; ++p) plane[p] = V::lanes_up(plane[p]);
+      for (int p = 0; p < kPlanes; ++p, to += kLaneBytes) V::store_first_lane(to, plane[p]);
+    for (int p = 0; p < kPlanes; ++p) plane[p] = V::lanes_down(plane[p]);
   }
 }
 
