@@ -184,8 +184,11 @@ struct AddPlanes {
 template <class V, bool kAcross>
 AddPlanes add_planes_of(int32_t most) {
   if (most < 1 << 6) return {6, add_planes<V, 6, kAcross>};
+  if (most < 1 << 7) return {7, add_planes<V, 7, kAcross>};
   if (most < 1 << 8) return {8, add_planes<V, 8, kAcross>};
+  if (most < 1 << 9) return {9, add_planes<V, 9, kAcross>};
   if (most < 1 << 10) return {10, add_planes<V, 10, kAcross>};
+  if (most < 1 << 11) return {11, add_planes<V, 11, kAcross>};
   if (most < 1 << 12) return {12, add_planes<V, 12, kAcross>};
   return {kCountPlanes, add_planes<V, kCountPlanes, kAcross>};
 }
@@ -268,7 +271,8 @@ void sliced_rows(const Conv& c, const SlicedPacking<V>& p, const void* image, in
   const typename V::Scale scale(c.shift);
   const uint8_t* codes = static_cast<const uint8_t*>(image);
   list_pads(p.listed, p.units, lists);
-  for (size_t at = 0; at < p.weights; at += 64) V::prefetch(p.weight + at);
+  if (row0 == 0)
+    for (size_t at = 0; at < p.weights; at += 64) V::prefetch(p.weight + at);
   const size_t extra = p.across ? c.kernel_w - 1 : 0;  // lists that finish no pixel
   int listed = 0;
   for (int oy = row0, x0 = 0; oy < row1;) {
