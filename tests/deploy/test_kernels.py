@@ -249,6 +249,27 @@ def test_rows_of_bits_are_the_definition_whatever_is_counted(isa, channels, kern
 
 
 @pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("kernel, outputs", [((1, 3), 130), ((1, 1), 530), ((1, 5), 20)])  # the first: taps side by side
+def test_counts_of_every_list_length_and_around_every_power_of_two_are_exact(isa, kernel, outputs):
+    """A window with n events, for n at which a sum needs one bit more, and for n that leave each number of groups over."""
+    rng = np.random.default_rng(outputs)
+    taps = kernel[1]
+    channels = 4200 // taps
+    w = np.ones((outputs, *kernel, channels), np.int8)
+    w[1], w[2:] = -1, rng.choice([-1, 1], w[2:].shape)
+    pad, m, b = np.zeros(channels, np.int16), np.full(outputs, 1 << 20, np.int32), np.zeros(outputs, np.int32)
+    conv = _kernels.OneConv(isa, "sliced", (1, taps), w, (1, 1), (0, 0), 1, pad, m, 20, b, (0, 1))
+    assert conv.supported
+    limits = [n for bit in range(5, 13) for n in ((1 << bit) - 1, 1 << bit)]
+    for n in [*limits, *range(0, 140, 8), *range(3, 140, 8), 4200]:
+        x = rng.permutation(np.arange(4200) < n).astype(np.uint8).reshape(1, taps, channels)
+        out = np.empty((1, 1, outputs), np.int32)
+        conv(x, (0, 1), None, out, [])
+        np.testing.assert_array_equal(out[0, 0], w.reshape(outputs, -1).astype(np.int64) @ x.reshape(-1), f"{n} events")
+        assert tuple(out[0, 0, :2]) == (n, -n)
+
+
+@pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("weights, top", [  # the last three may be worked on in tiles of 2x4
     ([-14, 14], 63), ([-14, 13, 0], 63), (list(range(-8, 8)), 4), ([-6, 6], 7), ([-1, 1], 1), (list(range(-3, 4)), 4),
 ])
