@@ -1,8 +1,8 @@
 // Event-driven convolution with 1-bit weights: a row of weights is one bit an output, and rows are added up bit by bit.
 //
 // A weight is 2 bit - 1, so acc = 2 * (how many events of the window meet a set bit) - (how many events there are). Counts of
-// all outputs of a vector are kept in *planes*: plane p holds bit p of every count. Carry-save adders put 16 rows
-// at a time into the planes, with 2.6 logical instructions a row where three operands make one instruction, whatever a row is wide: 512
+// all outputs of a vector are kept in *planes*: plane p holds bit p of every count. Carry-save adders put 64 rows
+// at a time into the planes, with 2.1 logical instructions a row where three operands make one instruction, whatever a row is wide: 512
 // outputs on AVX-512. The planes become numbers once a pixel (V::count_planes).
 //
 // Bound: a count is at most the number of events of its window, `most`, and there are planes for all of its bits, so nothing is
@@ -104,22 +104,18 @@ size_t sliced_scratch_bytes(const Conv& c, int) {
   return EventLists(p.listed, p.units, sliced_own_bytes<V>(p), nullptr).bytes;
 }
 
-// Sixteen rows into planes 0 to 3.
-template <class V>
-BITSPIKE_INLINE typename V::I32 add_groups(const uint8_t* weight, const uint16_t* list, typename V::I32* plane) {
-  const typename V::I32 some = add_group<V, V::kBytes>(weight, list, plane), more = add_group<V, V::kBytes>(weight, list + kGroup, plane);
-  typename V::I32 carry;
-  plane[3] = full_adder<V>(some, more, plane[3], carry);
-  return carry;
-}
-
-// Thirty-two rows into planes 0 to 4.
-template <class V>
-BITSPIKE_INLINE typename V::I32 add_more_groups(const uint8_t* weight, const uint16_t* list, typename V::I32* plane) {
-  const typename V::I32 some = add_groups<V>(weight, list, plane), more = add_groups<V>(weight, list + 2 * kGroup, plane);
-  typename V::I32 carry;
-  plane[4] = full_adder<V>(some, more, plane[4], carry);
-  return carry;
+// 2^kPlanes rows into as many planes; returns what is carried.
+template <class V, int kPlanes>
+BITSPIKE_INLINE typename V::I32 add_rows(const uint8_t* weight, const uint16_t* list, typename V::I32* plane) {
+  if constexpr (size_t{1} << kPlanes == kGroup) {
+    return add_group<V, V::kBytes>(weight, list, plane);
+  } else {
+    constexpr int kHalf = kPlanes - 1;
+    const typename V::I32 some = add_rows<V, kHalf>(weight, list, plane), more = add_rows<V, kHalf>(weight, list + (1 << kHalf), plane);
+    typename V::I32 carry;
+    plane[kHalf] = full_adder<V>(some, more, plane[kHalf], carry);
+    return carry;
+  }
 }
 
 // Adds a row of bits to the planes from `kFrom` on.
@@ -136,16 +132,11 @@ BITSPIKE_INLINE void carry_on(typename V::I32* plane, typename V::I32 carry) {
 template <class V, int kPlanes>
 BITSPIKE_INLINE void add_list(const uint8_t* weight, const uint16_t* list, const uint16_t* end, typename V::I32* plane) {
   using I32 = typename V::I32;
-  for (; end - list >= static_cast<ptrdiff_t>(8 * kGroup); list += 8 * kGroup) {
-    const I32 some = add_more_groups<V>(weight, list, plane), more = add_more_groups<V>(weight, list + 4 * kGroup, plane);
-    I32 carry;
-    plane[5] = full_adder<V>(some, more, plane[5], carry);
-    carry_on<V, kPlanes, 6>(plane, carry);
-  }
+  for (; end - list >= 64; list += 64) carry_on<V, kPlanes, 6>(plane, add_rows<V, 6>(weight, list, plane));
   I32 eights = V::zero(), sixteens = V::zero(), more = V::zero(), carry;
-  if (end - list >= static_cast<ptrdiff_t>(4 * kGroup)) more = add_more_groups<V>(weight, list, plane), list += 4 * kGroup;
-  if (end - list >= static_cast<ptrdiff_t>(2 * kGroup)) sixteens = add_groups<V>(weight, list, plane), list += 2 * kGroup;
-  if (list < end) eights = add_group<V, V::kBytes>(weight, list, plane);
+  if (end - list >= 32) more = add_rows<V, 5>(weight, list, plane), list += 32;
+  if (end - list >= 16) sixteens = add_rows<V, 4>(weight, list, plane), list += 16;
+  if (list < end) eights = add_rows<V, 3>(weight, list, plane);
   const I32 low = plane[3];
   plane[3] = V::xor_(low, eights);
   plane[4] = full_adder<V>(plane[4], sixteens, V::and_(low, eights), carry);
@@ -181,16 +172,11 @@ struct AddPlanes {
 };
 
 // For counts up to `most`.
-template <class V, bool kAcross>
+template <class V, bool kAcross, int kPlanes = 6>
 AddPlanes add_planes_of(int32_t most) {
-  if (most < 1 << 6) return {6, add_planes<V, 6, kAcross>};
-  if (most < 1 << 7) return {7, add_planes<V, 7, kAcross>};
-  if (most < 1 << 8) return {8, add_planes<V, 8, kAcross>};
-  if (most < 1 << 9) return {9, add_planes<V, 9, kAcross>};
-  if (most < 1 << 10) return {10, add_planes<V, 10, kAcross>};
-  if (most < 1 << 11) return {11, add_planes<V, 11, kAcross>};
-  if (most < 1 << 12) return {12, add_planes<V, 12, kAcross>};
-  return {kCountPlanes, add_planes<V, kCountPlanes, kAcross>};
+  if constexpr (kPlanes < kCountPlanes)
+    if (most >= 1 << kPlanes) return add_planes_of<V, kAcross, kPlanes < 12 ? kPlanes + 1 : kCountPlanes>(most);
+  return {kPlanes, add_planes<V, kPlanes, kAcross>};
 }
 
 // Outputs [first, last) of a strip's pixels; `events`: of a pixel's window.

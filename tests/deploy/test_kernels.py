@@ -260,12 +260,13 @@ def test_counts_of_every_list_length_and_around_every_power_of_two_are_exact(isa
     pad, m, b = np.zeros(channels, np.int16), np.full(outputs, 1 << 20, np.int32), np.zeros(outputs, np.int32)
     conv = _kernels.OneConv(isa, "sliced", (1, taps), w, (1, 1), (0, 0), 1, pad, m, 20, b, (0, 1))
     assert conv.supported
+    rows = w.reshape(outputs, -1).astype(np.int64)
     limits = [n for bit in range(5, 13) for n in ((1 << bit) - 1, 1 << bit)]
     for n in [*limits, *range(0, 140, 8), *range(3, 140, 8), 4200]:
         x = rng.permutation(np.arange(4200) < n).astype(np.uint8).reshape(1, taps, channels)
         out = np.empty((1, 1, outputs), np.int32)
         conv(x, (0, 1), None, out, [])
-        np.testing.assert_array_equal(out[0, 0], w.reshape(outputs, -1).astype(np.int64) @ x.reshape(-1), f"{n} events")
+        np.testing.assert_array_equal(out[0, 0], rows @ x.reshape(-1), f"{n} events")
         assert tuple(out[0, 0, :2]) == (n, -n)
 
 
