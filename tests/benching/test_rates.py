@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bitspike.benching.rates import RateError, set_mean_count
+from bitspike.benching.to_torch import PeerModule, compare
 from bitspike.deploy import load
 from bitspike.exporting import export_model
 from bitspike.exporting.export import normalised
@@ -41,6 +42,21 @@ def test_every_neuron_reaches_the_count_and_so_does_the_file(count: float, tmp_p
     means = [values[op.output].mean() for op in artifact.program.ops if op.name == "quantize"]
     assert len(means) == 3
     assert np.allclose(means, count, rtol=0.02)
+
+
+def test_other_engines_get_moved_gains_inside_their_convolutions(tmp_path: Path):
+    """A product between a convolution and its neuron would keep ONNX Runtime from computing the convolution on int8."""
+    net = chain(4)
+    set_mean_count(net, PIXELS, [0.5], [0.25], 0.25)
+    export_model(net, tmp_path / "net.bitspike", mean=[0.5], std=[0.25], image_size=12, channels=1, classes=["a", "b", "c"],
+                 calibration_images=PIXELS, name="chain", min_agreement=0.0)
+    artifact = load(tmp_path / "net.bitspike")
+    gains = {(op.attributes["m"], op.attributes["s"]) for op in artifact.program.ops if op.name == "quantize"}
+    module = PeerModule(artifact).eval()
+    convs = [i for i, (kind, _, _) in enumerate(module.steps) if kind == "conv"]
+    assert len(gains) == 3 and [module.steps[i + 1][0] for i in convs[:3]] == ["neuron"] * 3
+    found = compare(module, artifact, PIXELS)
+    assert found.largest_potential < 0.01 and found.different <= 1e-3 * found.codes
 
 
 def test_spikes_over_time_too():

@@ -5,7 +5,8 @@ threshold may fall the other way. What an engine of floats would not do is left 
 folded into the weights, the two 8-bit planes of normalised pixels become one convolution again.
 
 Potentials are carried in units of `unit` (the gain that most neurons of the program have), so that a neuron is
-`clip(round(x), lo, hi)` with no product in front. Values are [steps * B, C, H, W].
+`clip(round(x), lo, hi)` with no product in front; a neuron with another gain has it folded into the convolution before it.
+Values are [steps * B, C, H, W].
 """
 from __future__ import annotations
 
@@ -108,6 +109,7 @@ class _Value:
     steps: int
     codes: Codes | None = None  # None: a potential
     is_map: bool = False        # of attention: [steps * B, heads, rows, columns]
+    gain: float = 1.0           # of the neuron that reads a potential: already in it
 
 
 def _gains(op: Op, fraction: float) -> list[float]:
@@ -261,11 +263,21 @@ class _Lowering:
         readers = self.readers.get(op.output, [])
         border = any(a["padding"]) and bool(pad.any())
         to_neuron = bool(readers) and all(r.name == "quantize" for r in readers) and not border
-        ref = self.builder.conv(x.ref, codes, weight, scale * self.to_unit / codes.step, bias * self.to_unit, a["stride"],
-                                a["padding"], a["groups"], to_neuron, op.output)
+        gain = self._gain(readers[0]) if to_neuron and len(readers) == 1 else 1.0
+        unit = self.to_unit * gain
+        ref = self.builder.conv(x.ref, codes, weight, scale * unit / codes.step, bias * unit, a["stride"], a["padding"],
+                                a["groups"], to_neuron, op.output)
         if border:
             ref = self.builder.add_constant(ref, self._border(op, pad, scale))
-        return _Value(ref, x.steps)
+        return _Value(ref, x.steps, gain=gain)
+
+    def _gain(self, op: Op) -> float:
+        """What a neuron of spikes or counts multiplies the potential by, if it is one number for all channels; or 1."""
+        a = op.attributes
+        if a["dtype"] != "u8" or np.ndim(a["m"]):
+            return 1.0
+        gain = float(a["m"]) * 2.0 ** -a["s"] / self.to_unit
+        return 1.0 if abs(gain - 1) < 1e-9 else gain
 
     def _border(self, op: Op, pad: Array, scale: Array) -> Array:
         """What pixels outside the picture contribute, [O, H, W]: the same for every picture."""
@@ -281,7 +293,7 @@ class _Lowering:
 
     def _quantize(self, op: Op) -> _Value:
         a, x = op.attributes, self._in(op)
-        gain = np.asarray(a["m"], np.float64) * 2.0 ** -a["s"] / self.to_unit
+        gain = np.asarray(a["m"], np.float64) * 2.0 ** -a["s"] / self.to_unit / x.gain
         if gain.ndim:
             codes = Codes(a["lo"], a["hi"])
             return _Value(self.builder.neuron(x.ref, gain, codes), x.steps, codes, x.is_map)
@@ -452,6 +464,6 @@ def lower_with_values(program: Program, fraction_bits: int, builder: Builder) ->
     lowering = _Lowering(program, fraction_bits, builder)
     output = lowering.run()
     first = {lowering.joined[name] for name in lowering.joined}  # one plane of two: no value of the float network
-    places = {name: (v.ref, lowering.to_unit if v.codes is None else v.codes.step, v.is_map)
+    places = {name: (v.ref, lowering.to_unit * v.gain if v.codes is None else v.codes.step, v.is_map)
               for name, v in lowering.values.items() if name not in first and name != "pixels"}
     return Lowered(output, places)

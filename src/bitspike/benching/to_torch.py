@@ -201,7 +201,8 @@ class PeerModule(nn.Module):
 class Comparison:
     """Float network against integers, one op at a time, each on the integers' own inputs: nothing adds up over the layers.
 
-    largest_potential: largest difference of a potential, in units in which most neurons fire a spike more per 1.
+    largest_potential: largest difference of a potential, in units in which the neuron behind a convolution, or most neurons,
+        fire a spike more per 1.
     codes: how many codes were compared; different: how many differ (ties at a threshold, which float rounds the other way).
     """
 
