@@ -26,6 +26,8 @@ SHAPES = [
 ]
 #: outputs that an addition makes at once, whether there are so many or not, and bits of a row: csrc/choice.cc has the same
 ADDED, ROW = {"avx512": 128}, {"avx512": 512, "avx2": 256, "neon": 128, "neon_dot": 128}
+#: of a vector
+BYTES = {"avx512": 64, "avx2": 32, "neon": 16, "neon_dot": 16}
 #: share of codes that are not 0, and the largest code
 INPUTS = [(0.02, 1), (0.05, 1), (0.15, 1), (0.30, 1), (0.50, 1), (0.05, 4), (0.15, 4), (0.40, 4)]
 VARIANTS = ["dense", "narrow", "events", "sliced", "popcount", "shift", "winograd"]
@@ -74,10 +76,12 @@ def measure(isa: str, shape: tuple[int, ...], share: float, top: int, weights: s
             start = time.thread_time_ns()
             plan.run(images, logits, 1, np.empty(0))
             best = min(best, time.thread_time_ns() - start)
-        added = additions(isa, variant, reads, outputs, kernel, stride)
+        across = pixels_across(isa, outputs, kernel, stride, channels) if variant == "events" else 1
+        wide_reads = out * -(-out // across) * kernel * (kernel + (across - 1) * stride) * channels
+        added = additions(isa, variant, wide_reads, across * outputs, kernel, stride)
         wide = 21 * max(map(abs, WEIGHTS[weights])) <= 127
         products = tile_products(out, wide) * channels * outputs if variant == "winograd" else reads * outputs
-        features = [products, added * events[variant == "events" and layer["by_bits"]], reads, out * out * outputs]
+        features = [products, added * events[variant == "events" and layer["by_bits"]], wide_reads, out * out * outputs]
         samples.append(Sample(variant, features, best, (shape, share, top, weights)))
     return layer["variant"], samples
 
@@ -88,6 +92,16 @@ def additions(isa: str, variant: str, reads: int, outputs: int, kernel: int, str
     if variant == "sliced" and stride == 1 and 2 <= kernel <= 4 and outputs <= row // 2:
         return reads / kernel * -(-4 * outputs // row) * row
     return reads * -(-outputs // row) * row
+
+
+def pixels_across(isa: str, outputs: int, kernel: int, stride: int, channels: int) -> int:
+    """How many pixels have one list of events, weights of 4 bits (events_across in csrc/kernels.h)."""
+    if kernel <= stride or outputs < 16 or outputs & (outputs - 1):
+        return 1
+    across = max((2 if isa == "avx512" else 1) * BYTES.get(isa, 0) // outputs, 1)
+    while across > 1 and kernel * (kernel + (across - 1) * stride) * channels > 8191:
+        across //= 2
+    return across
 
 
 def tile_products(out: int, wide: bool) -> int:

@@ -40,8 +40,10 @@ const Costs& costs(const Kernels& k) {
 }  // namespace
 
 bool by_bits(const Kernels& k, const Conv& c, Load codes) {
-  const float rows = static_cast<float>(c.kernel_h) * c.kernel_w * c.group_channels();
-  return k.plane_events > 0 && c.hi > 1 && rows_of_nibbles(c, k.plane_events) && codes.bits + kPlanes / rows < codes.mean;
+  if (!k.carry_save || c.hi <= 1) return false;
+  const Conv wide = events_conv(c, k.event_bytes, k.carry_save);
+  const float rows = static_cast<float>(wide.kernel_h) * wide.kernel_w * wide.group_channels();
+  return rows_of_nibbles(wide, k.event_bytes) && codes.bits + kPlanes / rows < codes.mean;
 }
 
 bool able(const Kernels& k, const Conv& c, Variant v) {
@@ -49,9 +51,10 @@ bool able(const Kernels& k, const Conv& c, Variant v) {
   return kernel.run && (!kernel.supported || kernel.supported(c));
 }
 
-double cost_ns(const Kernels& k, const Conv& c, Variant v, Load codes) {
+double cost_ns(const Kernels& k, const Conv& conv, Variant v, Load codes) {
   const Costs& all = costs(k);
   const Cost& rate = all.of[static_cast<int>(v)];
+  const Conv c = v == Variant::events ? events_conv(conv, k.event_bytes, k.carry_save) : conv;
   const double outputs = double(c.out_height) * c.out_width * c.outputs;
   const double taps = double(c.kernel_h) * c.kernel_w * c.group_channels();
   // Winograd: 16 for every tile of 2x2 outputs, 24 for one of 2x4.
@@ -64,7 +67,7 @@ double cost_ns(const Kernels& k, const Conv& c, Variant v, Load codes) {
   double additions = products / c.outputs * ((c.outputs + added - 1) / added * added);
   if (sliced && sliced_across(c, added))  // one row of bits for all taps of a row
     additions = products / c.outputs / c.kernel_w * ((4 * c.outputs + added - 1) / added * added);
-  const float load = v == Variant::events && by_bits(k, c, codes) ? codes.bits : codes.mean;
+  const float load = v == Variant::events && by_bits(k, conv, codes) ? codes.bits : codes.mean;
   return rate.product * products * planes + rate.addition * additions * (load < 0 ? kUnknown : load) + rate.scan * read +
          rate.output * outputs;
 }

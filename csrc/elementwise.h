@@ -154,10 +154,11 @@ constexpr Kernels kernels(const char* name, ConvKernel popcount, ConvKernel slic
           lif<V>,
           lif_packed<V>,
           sums_kernel<V>(),
-                    ielif<V>,
+          ielif<V>,
           lookup,
           true,
-          V::kCarrySave ? V::kBytes : 0,
+          V::kBytes,
+          V::kCarrySave,
           spin<V>};
 }
 

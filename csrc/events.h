@@ -12,6 +12,9 @@
 // bit: after the rows of the highest bit, sums count twice as much, and those of the next bit are added. A code n is as many events
 // as it has bits.
 //
+// Where a row of weights would leave most of a vector empty, neighbouring pixels have one list, for a window as wide as all of theirs:
+// a row holds the weights of each of them, 0 where the tap is not its own (events_across).
+//
 // A strip of pixels (event_lists.h) runs through a block of outputs, chunk by chunk. Sums of a chunk of 8-bit weights wait in
 // memory for the next one; rows of 4-bit weights, half as long and slower to add, gain nothing by chunks and are one.
 #pragma once
@@ -27,6 +30,8 @@ constexpr size_t kChunkRows = 576;  // of 8-bit weights, 64 bytes each: three qu
 // in their order.
 template <class V>
 struct EventPacking : EventUnits {
+  Conv wide;  // of all pixels that have one list; what follows is its
+  int across;
   bool nibbles;
   size_t stored;  // rows of a block
   size_t vectors, weights, bytes;
@@ -34,13 +39,14 @@ struct EventPacking : EventUnits {
   int32_t *m, *b;
   int *budget, *fits;
 
-  EventPacking(const Conv& c, const void* packed) : EventPacking(c, packed, rows_of_nibbles(c, V::kBytes)) {}
-  EventPacking(const Conv& c, const void* packed, bool in_nibbles)
-      : EventUnits(c, in_nibbles ? kListedRows : kChunkRows, in_nibbles && V::kCarrySave,
+  EventPacking(const Conv& c, const void* packed) : EventPacking(c, events_conv(c, V::kBytes, V::kCarrySave), packed) {}
+  EventPacking(const Conv& c, const Conv& w, const void* packed) : EventPacking(c, w, packed, rows_of_nibbles(w, V::kBytes)) {}
+  EventPacking(const Conv& c, const Conv& w, const void* packed, bool in_nibbles)
+      : EventUnits(w, in_nibbles ? kListedRows : kChunkRows, in_nibbles && V::kCarrySave,
                    in_nibbles && V::kCarrySave && c.by_bits ? c.bit_planes() : 1),
-        nibbles(in_nibbles) {
+        wide(w), across(w.outputs / c.outputs), nibbles(in_nibbles) {
     stored = rows + 1;
-    vectors = round_up(c.outputs, nibbles ? 2 * V::kBytes : V::kBytes) / V::kBytes;
+    vectors = round_up(w.outputs, nibbles ? 2 * V::kBytes : V::kBytes) / V::kBytes;
     weights = round_up(stored * vectors * (nibbles ? V::kBytes / 2 : V::kBytes), 64);
     bytes = weights + 2 * vectors * V::kBytes * sizeof(int32_t) + 64;
     char* p = static_cast<char*>(const_cast<void*>(packed));
@@ -59,8 +65,9 @@ struct EventPacking : EventUnits {
 
 template <class V>
 bool events_supported(const Conv& c) {
+  const Conv w = events_conv(c, V::kBytes, V::kCarrySave);
   return may_support(Variant::events, c) && c.groups == 1 && c.hi <= 15 &&
-         static_cast<size_t>(c.kernel_h) * c.kernel_w * c.channels < 65536;
+         static_cast<size_t>(w.kernel_h) * w.kernel_w * w.channels < 65536;
 }
 
 template <class V>
@@ -73,6 +80,7 @@ void events_pack(const Conv& c, void* packed) {
   const EventPacking<V> p(c, packed);
   memset(packed, 0, p.bytes);
   int8_t* block = p.weight;
+  const size_t row_of_taps = static_cast<size_t>(p.wide.kernel_w) * c.channels;
   for (size_t v = 0; v < p.vectors;) {
     const size_t n = p.block_vectors(v);
     const size_t row_bytes = p.row_bytes(n);
@@ -81,18 +89,25 @@ void events_pack(const Conv& c, void* packed) {
       const size_t o = (v + vector) * V::kBytes + in_vector % 4 * V::kLanes + in_vector / 4;
       const size_t at = p.nibbles ? vector / 2 * V::kBytes + in_vector : byte;
       const int shift = p.nibbles && vector % 2 ? 4 : 0, add = p.nibbles ? 8 : 0;
-      const int8_t* w = o < static_cast<size_t>(c.outputs) ? c.weight + o * p.rows : nullptr;
+      // The rows of tap (y, x) of this output's own pixel are those of the window's tap (y, left + x).
+      const size_t pixel = o / c.outputs, left = pixel * c.stride_w * c.channels, own = static_cast<size_t>(c.kernel_w) * c.channels;
+      const int8_t* w = o < static_cast<size_t>(p.wide.outputs) ? c.weight + o % c.outputs * c.kernel_h * own : nullptr;
+      size_t column = 0;  // of rows that are one of taps
       for (size_t row = 0; row < p.stored; ++row) {
-        const int value = (w && row < p.rows ? w[row] : 0) + add;
+        const bool mine = w && row < p.rows && column >= left && column < left + own;
+        const int value = (mine ? *w++ : 0) + add;
         int8_t& to = block[row * row_bytes + at];
         to = static_cast<int8_t>(static_cast<uint8_t>(to) | static_cast<uint8_t>(value) << shift);
+        if (++column == row_of_taps) column = 0;
       }
     }
     block += p.stored * row_bytes;
     v += n;
   }
-  memcpy(p.m, c.m, c.outputs * sizeof(int32_t));
-  memcpy(p.b, c.b, c.outputs * sizeof(int32_t));
+  for (int i = 0; i < p.across; ++i) {
+    memcpy(p.m + i * c.outputs, c.m, c.outputs * sizeof(int32_t));
+    memcpy(p.b + i * c.outputs, c.b, c.outputs * sizeof(int32_t));
+  }
   const int up = c.weight_hi > 0 ? 127 / c.weight_hi : 127, down = c.weight_lo < 0 ? 128 / -c.weight_lo : 127;
   *p.fits = requant_fits(c);
   *p.budget = up < down ? up : down;
@@ -107,7 +122,7 @@ size_t kept_bytes(const EventPacking<V>& p) {
 template <class V>
 size_t events_scratch_bytes(const Conv& c, int) {
   const EventPacking<V> p(c, nullptr);
-  return EventLists(c, p, kept_bytes<V>(p), nullptr).bytes;
+  return EventLists(p.wide, p, kept_bytes<V>(p), nullptr).bytes;
 }
 
 // N vectors of bytes, all of the list, into 4 N int32 vectors.
@@ -201,20 +216,37 @@ void add_nibble_groups(const int8_t* weight, const uint16_t* strip, const uint32
   }
 }
 
-// From the accumulators of one pixel to what the epilogue writes. It holds copies, for the compiler to know that no code that
+// The pixels that have one list, from one list to the next. kAcross: whether there may be several.
+template <bool kAcross>
+struct EventPixels {
+  int across, channels, out_width;
+  int x;     // of the first
+  size_t y;  // where its outputs are
+
+  int outputs() const { return kAcross ? at_most(out_width - x, across) * channels : channels; }  // of all of them
+  int channel(int output) const { return kAcross ? output & (channels - 1) : output; }
+  void next() {
+    y += outputs();
+    if (kAcross) x = x + across < out_width ? x + across : 0;
+  }
+};
+
+// From the accumulators of one list to what the epilogue writes. It holds copies, for the compiler to know that no code that
 // is stored changes them.
 template <class V, int N, class Finish>
 struct EventsFinish {
   const Finish write;
   const typename V::Scale scale;
   const int32_t *m, *b;
-  const int o, outputs;
+  const int o;
 
-  void operator()(const typename V::I32* acc, size_t y) const {
+  template <class Pixels>
+  void operator()(const typename V::I32* acc, const Pixels& pixels) const {
+    const int outputs = pixels.outputs();
     const auto some = [&](int i, int lanes) {
-      const int at = o + i * V::kLanes;
-      const Requantize<V, Finish> requantize(write, at, m + at, b + at);
-      write(y + at, at, lanes, requantize(acc[i], scale));
+      const int at = o + i * V::kLanes, channel = pixels.channel(at);
+      const Requantize<V, Finish> requantize(write, channel, m + at, b + at);
+      write(pixels.y + at, channel, lanes, requantize(acc[i], scale));
     };
     if (o + 4 * N * V::kLanes <= outputs) {  // nearly always, with a number that the compiler knows
       for (int i = 0; i < 4 * N; ++i) some(i, V::kLanes);
@@ -225,46 +257,47 @@ struct EventsFinish {
 };
 
 // A block of outputs for all pixels of a strip, weights of 4 bits; they are in one chunk.
-template <class V, int N, class Finish>
-void nibble_block(const Conv& c, const EventPacking<V>& p, const EventLists& lists, size_t pixels, const int8_t* weight,
-                  size_t y, int o, const typename V::Scale& scale, const Finish& write) {
-  const EventsFinish<V, N, Finish> finish{write, scale, p.m, p.b, o, c.outputs};
-  for (size_t i = 0; i < pixels; ++i, y += c.outputs) {
+template <class V, int N, class Pixels, class Finish>
+void nibble_block(const EventPacking<V>& p, const EventLists& lists, size_t number, const int8_t* weight, Pixels pixels, int o,
+                  const typename V::Scale& scale, const Finish& write) {
+  const EventsFinish<V, N, Finish> finish{write, scale, p.m, p.b, o};
+  for (size_t i = 0; i < number; ++i, pixels.next()) {
     const uint32_t* positions = lists.positions + i * p.lists;
     typename V::I32 acc[4 * N];
     if constexpr (V::kCarrySave) add_nibble_groups<V, N>(weight, lists.strip, positions, p.planes, acc);
     else add_nibble_events<V, N>(weight, lists.strip + positions[0], positions[1] - positions[0], acc);
-    finish(acc, y);
+    finish(acc, pixels);
   }
 }
 
 // The same for weights of 8 bits, chunk by chunk.
-template <class V, int N, class Finish>
-void byte_block(const Conv& c, const EventPacking<V>& p, const EventLists& lists, size_t pixels, const int8_t* weight,
-                size_t y0, int o, const typename V::Scale& scale, const Finish& write) {
-  const EventsFinish<V, N, Finish> finish{write, scale, p.m, p.b, o, c.outputs};
+template <class V, int N, class Pixels, class Finish>
+void byte_block(const EventPacking<V>& p, const EventLists& lists, size_t number, const int8_t* weight, const Pixels& first, int o,
+                const typename V::Scale& scale, const Finish& write) {
+  const EventsFinish<V, N, Finish> finish{write, scale, p.m, p.b, o};
   for (size_t chunk = 0; chunk < p.chunks; ++chunk) {
     const int8_t* w = weight + p.chunk_row(chunk) * p.row_bytes(N);
     const uint32_t* position = lists.positions + chunk;
     int32_t* kept = static_cast<int32_t*>(lists.other);
-    size_t y = y0;
-    for (size_t i = 0; i < pixels; ++i, position += p.chunks, kept += 4 * N * V::kLanes, y += c.outputs) {
+    Pixels pixels = first;
+    for (size_t i = 0; i < number; ++i, position += p.chunks, kept += 4 * N * V::kLanes, pixels.next()) {
       typename V::I32 acc[4 * N];
       if (chunk == 0)
         for (int k = 0; k < 4 * N; ++k) acc[k] = V::zero();
       else
         for (int k = 0; k < 4 * N; ++k) acc[k] = V::load(kept + k * V::kLanes);
       add_events<V, N>(w, lists.strip + position[0], position[1] - position[0], *p.budget, acc);
-      if (chunk + 1 == p.chunks) finish(acc, y);
+      if (chunk + 1 == p.chunks) finish(acc, pixels);
       else
         for (int k = 0; k < 4 * N; ++k) V::store(kept + k * V::kLanes, acc[k], V::kLanes);
     }
   }
 }
 
-template <class V, class Finish>
-void events_rows(const Conv& c, const EventPacking<V>& p, const void* image, int row0, int row1, const Finish& write,
+template <class V, bool kAcross, class Finish>
+void events_rows(const EventPacking<V>& p, const void* image, int row0, int row1, EventPixels<kAcross> pixels, const Finish& write,
                  void* scratch) {
+  const Conv& c = p.wide;
   const EventLists lists(c, p, kept_bytes<V>(p), scratch);
   const typename V::Scale scale(c.shift);
   const uint8_t* codes = static_cast<const uint8_t*>(image);
@@ -284,23 +317,27 @@ void events_rows(const Conv& c, const EventPacking<V>& p, const void* image, int
       ++ox;
     }
     const int8_t* weight = p.weight;
-    const size_t pixels = pixel - first, y = first * c.outputs;
+    const size_t number = pixel - first;
     for (size_t v = 0; v < p.vectors;) {
       const size_t n = p.block_vectors(v);
       const int o = static_cast<int>(v) * V::kBytes;
-      if (p.nibbles) {
-        if (V::kNibbleVectors >= 4 && n == 4) nibble_block<V, V::kNibbleVectors>(c, p, lists, pixels, weight, y, o, scale, write);
-        else nibble_block<V, 2>(c, p, lists, pixels, weight, y, o, scale, write);
+      if constexpr (kAcross) {  // as many as one vector holds, or two of 4 bits
+        if (p.nibbles) nibble_block<V, 2>(p, lists, number, weight, pixels, o, scale, write);
+        else byte_block<V, 1>(p, lists, number, weight, pixels, o, scale, write);
+      } else if (p.nibbles) {
+        if (V::kNibbleVectors >= 4 && n == 4) nibble_block<V, V::kNibbleVectors>(p, lists, number, weight, pixels, o, scale, write);
+        else nibble_block<V, 2>(p, lists, number, weight, pixels, o, scale, write);
       } else {
         constexpr int kMost = V::kByteVectors;
-        if (kMost >= 4 && n == 4) byte_block<V, kMost>(c, p, lists, pixels, weight, y, o, scale, write);
-        else if (kMost >= 3 && n == 3) byte_block<V, kMost >= 3 ? 3 : 1>(c, p, lists, pixels, weight, y, o, scale, write);
-        else if (kMost >= 2 && n == 2) byte_block<V, kMost >= 2 ? 2 : 1>(c, p, lists, pixels, weight, y, o, scale, write);
-        else byte_block<V, 1>(c, p, lists, pixels, weight, y, o, scale, write);
+        if (kMost >= 4 && n == 4) byte_block<V, kMost>(p, lists, number, weight, pixels, o, scale, write);
+        else if (kMost >= 3 && n == 3) byte_block<V, kMost >= 3 ? 3 : 1>(p, lists, number, weight, pixels, o, scale, write);
+        else if (kMost >= 2 && n == 2) byte_block<V, kMost >= 2 ? 2 : 1>(p, lists, number, weight, pixels, o, scale, write);
+        else byte_block<V, 1>(p, lists, number, weight, pixels, o, scale, write);
       }
       weight += p.stored * p.row_bytes(n);
       v += n;
     }
+    for (size_t i = 0; i < number; ++i) pixels.next();
   }
 }
 
@@ -309,7 +346,12 @@ void conv_events(const Conv& c, const void* packed, const void* image, int row0,
                  void* scratch) {
   const EventPacking<V> p(c, packed);
   with_finish<V>(e, c.outputs, *p.fits,
-                 [&](const auto& write) { events_rows<V>(c, p, image, row0, row1, write, scratch); });
+                 [&](const auto& write) {
+                   if (p.across > 1)
+                     events_rows<V>(p, image, row0, row1, EventPixels<true>{p.across, c.outputs, c.out_width, 0, 0}, write, scratch);
+                   else
+                     events_rows<V>(p, image, row0, row1, EventPixels<false>{1, c.outputs, c.out_width, 0, 0}, write, scratch);
+                 });
   count_nonzero<V>(e, static_cast<size_t>(row1 - row0) * c.out_width * c.outputs);
 }
 

@@ -242,7 +242,8 @@ struct Kernels {
   // table: [channels, 256]
   void (*lookup)(const uint8_t* x, size_t rows, size_t channels, const int8_t* table, int8_t* y);
   bool direct;  // whether convolutions make use of Epilogue::direct
-  int plane_events;  // events: of more than so many outputs and weights of 4 bits, codes are added bit by bit; or 0
+  int event_bytes;    // events: of a vector of a row's weights
+  bool carry_save;    // whether those of 4 bits (rows_of_nibbles) go through carry-save adders, where codes may be added bit by bit
   // Runs bare instructions in registers for `rounds`; returns the multiply-accumulates they did (an addition counts as
   // one). 0 where there is no such instruction. Null: not measured.
   double (*spin)(Spin, size_t rounds);
@@ -261,6 +262,28 @@ bool may_support(Variant, const Conv&);
 inline bool rows_of_nibbles(const Conv& c, int bytes) {
   return c.weight_lo >= -8 && c.weight_hi <= 7 && c.outputs > bytes &&
          static_cast<size_t>(c.kernel_h) * c.kernel_w * c.channels <= kListedRows;
+}
+
+// Events: how many neighbouring output pixels have one list, their rows of weights side by side, because one's row would leave most
+// of a vector of `bytes` empty (see events.h). A power of two. Without carry-save adders, rows of 4 bits are no gain.
+inline int events_across(const Conv& c, int bytes, bool carry_save) {
+  if (bytes == 0 || c.groups > 1) return 1;
+  const int all = carry_save && c.weight_lo >= -8 && c.weight_hi <= 7 ? 2 * bytes : bytes;
+  if (c.kernel_w <= c.stride_w || c.outputs < 16 || (c.outputs & (c.outputs - 1))) return 1;
+  int across = all > c.outputs ? all / c.outputs : 1;
+  while (across > 1 && static_cast<size_t>(c.kernel_h) * (c.kernel_w + (across - 1) * c.stride_w) * c.channels > kListedRows) across /= 2;
+  return across;
+}
+
+// The convolution that this is: a window for so many pixels, whose outputs it makes. Its weights are still those of c.
+inline Conv events_conv(const Conv& c, int bytes, bool carry_save) {
+  Conv wide = c;
+  const int across = events_across(c, bytes, carry_save);
+  wide.kernel_w += (across - 1) * c.stride_w;
+  wide.stride_w *= across;
+  wide.outputs *= across;
+  wide.out_width = (c.out_width + across - 1) / across;
+  return wide;
 }
 
 // Sliced: whether the taps of a row lie side by side in a row of bits of `outputs` bits (see sliced.h).

@@ -376,6 +376,7 @@ constexpr Kernels kernels_scalar = {"scalar",
                                     scalar_lookup,
                                     false,
                                     0,
+                                    false,
                                     nullptr};
 
 }  // namespace bitspike

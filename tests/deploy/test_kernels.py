@@ -209,6 +209,8 @@ def test_a_wrong_call_is_refused():
 @pytest.mark.parametrize("channels, kernel, width, outputs", [
     (700, (1, 1), 3, 20), (1300, (1, 1), 2, 300), (300, (3, 3), 4, 33), (1000, (3, 3), 3, 140),
     (2, (3, 3), 120, 129), (70, (1, 1), 150, 7),
+    # 2 to 8 neighbouring pixels have one list, the last ones of a row are fewer; the last two shapes would need too many rows
+    (40, (3, 3), 9, 32), (20, (3, 3), 7, 16), (33, (3, 5), 5, 64), (300, (3, 3), 11, 16), (700, (3, 3), 5, 64),
 ])
 def test_chunks_and_strips_of_events_change_nothing(isa, weights, channels, kernel, width, outputs):
     """More rows of weights than a chunk has, more channels than a part has, more pixels than a strip has."""
