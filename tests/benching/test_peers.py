@@ -81,6 +81,18 @@ def test_potentials_of_few_bits_are_kept_as_in_the_program(tanh: bool):
         PeerModule(Net(parse(encode(header, tensors))))
 
 
+@pytest.mark.parametrize("gain", [-7, 0, 4, 300])
+def test_any_gain_of_a_neuron_behind_a_convolution_is_as_in_the_program(gain: int):
+    header, tensors = small()
+    program = {op["out"]: op for op in header["program"]}
+    del program["x"]["pad_value"], tensors["pad"]
+    program["r"]["in"] = ["a", "a"]  # the neuron is all that reads the convolution
+    program["n"]["m"] = gain
+    net = Net(parse(encode(header, tensors)))
+    found = compare(PeerModule(net).eval(), net, random_images(net.header, 4))
+    assert np.isfinite(found.largest_potential) and found.different <= 0.02 * found.codes
+
+
 def test_a_network_with_maps_of_attention_can_be_laid_out_channels_last():
     """PyTorch refuses modules with tensors of five axes."""
     laid_out = [module.to(memory_format=torch.channels_last) for _, net, module in peers_of_random_programs(300)

@@ -263,7 +263,7 @@ class _Lowering:
         readers = self.readers.get(op.output, [])
         border = any(a["padding"]) and bool(pad.any())
         to_neuron = bool(readers) and all(r.name == "quantize" for r in readers) and not border
-        gain = self._gain(readers[0]) if to_neuron and len(readers) == 1 else 1.0
+        gain = self._folded(op, readers) if to_neuron else 1.0
         unit = self.to_unit * gain
         ref = self.builder.conv(x.ref, codes, weight, scale * unit / codes.step, bias * unit, a["stride"], a["padding"],
                                 a["groups"], to_neuron, op.output)
@@ -271,13 +271,16 @@ class _Lowering:
             ref = self.builder.add_constant(ref, self._border(op, pad, scale))
         return _Value(ref, x.steps, gain=gain)
 
-    def _gain(self, op: Op) -> float:
-        """What a neuron of spikes or counts multiplies the potential by, if it is one number for all channels; or 1."""
-        a = op.attributes
-        if a["dtype"] != "u8" or np.ndim(a["m"]):
-            return 1.0
-        gain = float(a["m"]) * 2.0 ** -a["s"] / self.to_unit
-        return 1.0 if abs(gain - 1) < 1e-9 else gain
+    def _gain(self, op: Op) -> Array:
+        """What a neuron multiplies the potential by: one number, or one per channel."""
+        return np.asarray(op.attributes["m"], np.float64) * 2.0 ** -op.attributes["s"] / self.to_unit
+
+    def _folded(self, conv: Op, readers: list[Op]) -> float:
+        """The gain of the one neuron of spikes or counts that reads a convolution nothing else reads; or 1."""
+        gain = self._gain(readers[0])
+        alone = len(readers) == 1 and conv.output != self.program.output
+        # A gain of 0 stays where it is: nothing could be divided by it again.
+        return float(gain) if alone and readers[0].attributes["dtype"] == "u8" and gain.ndim == 0 and gain != 0 else 1.0
 
     def _border(self, op: Op, pad: Array, scale: Array) -> Array:
         """What pixels outside the picture contribute, [O, H, W]: the same for every picture."""
@@ -293,7 +296,7 @@ class _Lowering:
 
     def _quantize(self, op: Op) -> _Value:
         a, x = op.attributes, self._in(op)
-        gain = np.asarray(a["m"], np.float64) * 2.0 ** -a["s"] / self.to_unit / x.gain
+        gain = self._gain(op) / x.gain
         if gain.ndim:
             codes = Codes(a["lo"], a["hi"])
             return _Value(self.builder.neuron(x.ref, gain, codes), x.steps, codes, x.is_map)

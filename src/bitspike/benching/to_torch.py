@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -226,7 +227,7 @@ def compare(module: PeerModule, net: Net, images: np.ndarray) -> Comparison:
                 expected = torch.from_numpy(np.moveaxis(x.reshape(-1, *x.shape[2:]), 3, 1).astype(np.float64) * scale).float()
                 if is_map:  # [columns, rows, heads] as the integers have it
                     expected = expected.permute(0, 3, 2, 1)
-                distance = (y - expected).abs()
+                distance = (y - expected).abs().nan_to_num(nan=math.inf)
                 if x.dtype == np.int32:
                     largest = max(largest, float(distance.max()))
                 else:
