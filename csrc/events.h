@@ -65,9 +65,8 @@ struct EventPacking : EventUnits {
 
 template <class V>
 bool events_supported(const Conv& c) {
-  const Conv w = events_conv(c, V::kBytes, V::kCarrySave);
   return may_support(Variant::events, c) && c.groups == 1 && c.hi <= 15 &&
-         static_cast<size_t>(w.kernel_h) * w.kernel_w * w.channels < 65536;
+         static_cast<size_t>(c.kernel_h) * c.kernel_w * c.channels < 65536;
 }
 
 template <class V>
