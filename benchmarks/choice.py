@@ -25,12 +25,12 @@ SHAPES = [
     (8, 384, 1536, 1, 1),
 ]
 #: outputs that an addition makes at once, whether there are so many or not, and bits of a row: csrc/choice.cc has the same
-ADDED, ROW = {"avx512": 128}, {"avx512": 512, "avx2": 256, "neon": 128, "neon_dot": 128}
+ADDED, ROW = {"avx512": 128, "amx": 128}, {"avx512": 512, "amx": 512, "avx2": 256, "neon": 128, "neon_dot": 128}
 #: of a vector
-BYTES = {"avx512": 64, "avx2": 32, "neon": 16, "neon_dot": 16}
+BYTES = {"avx512": 64, "amx": 64, "avx2": 32, "neon": 16, "neon_dot": 16}
 #: share of codes that are not 0, and the largest code
 INPUTS = [(0.02, 1), (0.05, 1), (0.15, 1), (0.30, 1), (0.50, 1), (0.05, 4), (0.15, 4), (0.40, 4)]
-VARIANTS = ["dense", "narrow", "events", "sliced", "popcount", "shift", "winograd"]
+VARIANTS = ["dense", "narrow", "events", "sliced", "popcount", "shift", "winograd", "matrix"]
 #: weights that make each variant possible
 WEIGHTS = {"binary": [-1, 1], "pow2": [-4, -2, -1, 0, 1, 2, 4], "4 bits": list(range(-8, 8))}
 
@@ -80,7 +80,10 @@ def measure(isa: str, shape: tuple[int, ...], share: float, top: int, weights: s
         wide_reads = out * -(-out // across) * kernel * (kernel + (across - 1) * stride) * channels
         added = additions(isa, variant, wide_reads, across * outputs, kernel, stride)
         wide = 21 * max(map(abs, WEIGHTS[weights])) <= 127
-        products = tile_products(out, wide) * channels * outputs if variant == "winograd" else reads * outputs
+        products = (tile_products(out, wide) * channels * outputs if variant == "winograd"
+                    else matrix_products(out, channels, outputs, kernel) if variant == "matrix" else reads * outputs)
+        if variant == "matrix":
+            wide_reads = matrix_products(1, channels, outputs, kernel) // 16  # its weights
         features = [products, added * events[variant == "events" and layer["by_bits"]], wide_reads, out * out * outputs]
         samples.append(Sample(variant, features, best, (shape, share, top, weights)))
     return layer["variant"], samples
@@ -98,7 +101,7 @@ def pixels_across(isa: str, outputs: int, kernel: int, stride: int, channels: in
     """How many pixels have one list of events, weights of 4 bits (events_across in csrc/kernels.h)."""
     if kernel <= stride or outputs < 16 or outputs & (outputs - 1):
         return 1
-    across = max((2 if isa == "avx512" else 1) * BYTES.get(isa, 0) // outputs, 1)
+    across = max((2 if isa in ("avx512", "amx") else 1) * BYTES.get(isa, 0) // outputs, 1)
     while across > 1 and kernel * (kernel + (across - 1) * stride) * channels > 8191:
         across //= 2
     return across
@@ -109,9 +112,14 @@ def tile_products(out: int, wide: bool) -> int:
     return (out + 1) // 2 * (-(-out // 4) * 24 if wide else (out + 1) // 2 * 16)
 
 
+def matrix_products(out: int, channels: int, outputs: int, kernel: int) -> int:
+    """With whole tiles of 16 pixels, 64 codes and two times 16 outputs (csrc/amx.cc)."""
+    return -(-out * out // 16) * 16 * kernel * -(-kernel * channels // 64) * 64 * -(-outputs // 32) * 32
+
+
 def fit(samples: list[Sample]) -> np.ndarray:
     """Constants that are not negative, smallest relative error."""
-    columns = [0, 1, 2, 3] if samples[0].variant in ("events", "sliced") else [0, 3]
+    columns = {"events": [0, 1, 2, 3], "sliced": [0, 1, 2, 3], "matrix": [0, 2, 3]}.get(samples[0].variant, [0, 3])
     a = np.array([[s.features[i] / s.ns for i in columns] for s in samples])
     constants = np.full(len(columns), 1e-3)
     for _ in range(20_000):  # multiplicative updates: a, constants and the target are positive

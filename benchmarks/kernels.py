@@ -57,6 +57,11 @@ SHAPES = [
 DENSITIES = [0.05, 0.15, 0.3, 0.5]
 
 
+#: what bounds a variant, where it is not products
+INSTRUCTIONS = {"popcount": "popcount", "events": "add", "sliced": "carry", "shift": None, "matrix": "matrix"}
+BARE = ("dot", "popcount", "add", "carry", "matrix")
+
+
 def fastest(run: Callable[[], Any]) -> float:
     """Seconds of the fastest run."""
     run()
@@ -112,7 +117,7 @@ def measure(
     codes = np.empty((shape.side, shape.side, shape.outputs), np.uint8)
     neuron = [(np.array([4], np.int32), 16, 0, 4, codes)]
     seconds = fastest(lambda: conv(x, (0, shape.side), None, None, neuron))
-    instruction = {"popcount": "popcount", "events": "add", "sliced": "carry", "shift": None}.get(variant, "dot")
+    instruction = INSTRUCTIONS.get(variant, "dot")
     bound = bounds.get(f"{isa} {instruction}", 0.0)
     if variant == "winograd":
         bound *= 72 / 24
@@ -142,9 +147,10 @@ def main() -> None:
     bounds = {}
     for isa in isas:
         if isa != "scalar":
-            bounds.update({f"{isa} {what}": _kernels.spin_macs(isa, what, 0.3) for what in ("dot", "popcount", "add", "carry")})
+            bounds.update({f"{isa} {what}": _kernels.spin_macs(isa, what, 0.3) for what in BARE})
     for name, rate in bounds.items():
-        print(f"bound: {name}: {rate / 1e9:.0f} GMAC/s in registers")
+        if rate:
+            print(f"bound: {name}: {rate / 1e9:.0f} GMAC/s in registers")
     lines = []
     for shape in SHAPES:
         if options.shape not in shape.name:

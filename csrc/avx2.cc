@@ -31,7 +31,7 @@ struct Avx2 {
   static I32 unpack(I32 packed, int) { return packed; }
   static I32 unscale(I32 acc) { return acc; }
   // Depthwise convolution in 16 bits: depthwise_pairs.h.
-  static constexpr bool kPairs = true;
+  static constexpr bool kQuads = false, kPairs = true;
   static constexpr bool kSums = false;
   static void store_bytes(uint8_t* p, I32 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static I32 side_by_side_low(I32 a, I32 b) { return _mm256_unpacklo_epi8(a, b); }

@@ -3,14 +3,14 @@
 #pragma once
 #include <immintrin.h>
 
-#include "finish.h"
-
+#include "avx512_bytes.h"
 
 namespace bitspike {
 namespace {
 
 struct Avx512 {
   using I32 = __m512i;
+  using F32 = __m512;
   using Code = uint8_t;
   using Weight = int8_t;
   static constexpr int kUnit = 4, kLanes = 16, kPixels = 8, kVectors = 3;
@@ -183,21 +183,36 @@ struct Avx512 {
   static void flush8_unsigned(I32* acc, I32 part, int times = 1) {
     for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], part, _mm512_set1_epi32(times << 8 * j));
   }
-  // Depthwise convolution in 16 bits: depthwise_pairs.h.
-  static constexpr bool kPairs = true;
+  // Depthwise convolution by dot products of four rows: depthwise_quads.h.
+  static constexpr bool kQuads = true, kPairs = false;
   static void store_bytes(uint8_t* p, I32 v) { _mm512_storeu_si512(p, v); }
-  static I32 side_by_side_low(I32 a, I32 b) { return _mm512_unpacklo_epi8(a, b); }
-  static I32 side_by_side_high(I32 a, I32 b) { return _mm512_unpackhi_epi8(a, b); }
-  static I32 multiply_pairs(I32 codes, I32 weights) { return _mm512_maddubs_epi16(codes, weights); }
-  static I32 add16(I32 a, I32 b) { return _mm512_add_epi16(a, b); }
-  // Every 16 bytes of `low` are followed by those of `high`.
-  static void store_in_order(int16_t* p, I32 low, I32 high) {
-    _mm512_storeu_si512(p, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high));
-    _mm512_storeu_si512(p + 32, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high));
-  }
+  // The codes of four rows in every lane become those of three and of a new row, of which 16 are given. VBMI2 has vpshrdd
+  // for it, which takes as many instructions, since it wants widened codes.
+  struct NextQuad {
+    __m512i places = opaque(_mm512_setr_epi32(0, 1 << 24, 2 << 24, 3 << 24, 4 << 24, 5 << 24, 6 << 24, 7 << 24, 8 << 24, 9 << 24, 10 << 24, 11 << 24,
+                                              12 << 24, 13 << 24, 14 << 24, 15 << 24));
+    I32 operator()(I32 quad, const uint8_t* codes) const {
+      const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+      return _mm512_mask_shuffle_epi8(_mm512_srli_epi32(quad, 8), 0x8888888888888888u, all, places);
+    }
+  };
+  using JoinedCodes = Bytes;
+  // Codes straight from the sums of kBytes outputs of a pixel, by floats (see Direct).
+  struct RoundedCodes {
+    F32 scale[4], bias[4];
+    Bytes bytes;
+    RoundedCodes(const Direct& direct, size_t first) : bytes(direct.lo, direct.hi) {
+      for (int n = 0; n < 4; ++n)
+        scale[n] = load_floats(direct.scale + first + n * kLanes), bias[n] = load_floats(direct.bias + first + n * kLanes);
+    }
+    BITSPIKE_INLINE void operator()(const I32 (&sums)[4], uint8_t* to, int outputs) const {
+      I32 codes[4];
+      for (int n = 0; n < 4; ++n) codes[n] = rounded(multiply_add(floats(sums[n]), scale[n], bias[n]));
+      bytes.store(codes, to, outputs);
+    }
+  };
   // Neurons on sums: lif_sums.h.
   static constexpr bool kSums = true;
-  using F32 = __m512;
   static void store_s16(int16_t* p, I32 v, int lanes) {
     const __m256i narrow = _mm512_cvtepi32_epi16(v);
     if (lanes >= kLanes) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
@@ -214,6 +229,7 @@ struct Avx512 {
   static F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
   static F32 clip(F32 v, F32 lo, F32 hi) { return _mm512_min_ps(_mm512_max_ps(v, lo), hi); }
   static I32 whole(F32 v) { return _mm512_cvttps_epi32(v); }
+  static I32 rounded(F32 v) { return _mm512_cvt_roundps_epi32(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   struct Lookup {  // of 32 numbers
     F32 low, high;
     explicit Lookup(const float* p) : low(_mm512_loadu_ps(p)), high(_mm512_loadu_ps(p + 16)) {}

@@ -80,7 +80,7 @@ class OneConv {
     for (int v = 0; v < kVariants; ++v)
       if (variant == variant_name(static_cast<Variant>(v))) kernel_ = &k.conv[v];
     require(kernel_, "no such variant");
-    supported_ = kernel_->supported(c);
+    supported_ = kernel_->run && kernel_->supported(c);
     if (supported_) kernel_->pack(c, packed_.get(packed_bytes_ = kernel_->packed_bytes(c)));
     direct_able_ = k.direct;
     weight_.assign(weight.data(), weight.data() + weight.size());
@@ -106,6 +106,9 @@ class OneConv {
     size_t nonzero[2] = {};
     Epilogue e = make_epilogue(size_t(row1 - row0) * c.out_width * c.outputs, c.outputs, residual, out, codes, nonzero);
     if (!residual && !out && codes.size() == 1) e.direct = direct(e.quantizer[0]);
+    int64_t largest = c.largest;
+    for (size_t i = 0; residual && i < residual->size(); ++i) largest = std::max(largest, c.largest + std::abs(int64_t{residual->data()[i]}));
+    e.fits = largest <= INT32_MAX;
     void* scratch = scratch_.get(kernel_->scratch_bytes(c, row1 - row0));
     {
       nb::gil_scoped_release release;
@@ -225,8 +228,9 @@ void bind_kernels(nb::module_& m) {
         const Kernels& k = kernels_named(isa);
         require(k.spin, "this set has no such measurement");
         const Spin kind = what == "popcount" ? Spin::popcount : what == "add"     ? Spin::add
-                          : what == "carry" ? Spin::carry
-                                            : Spin::dot;
+                          : what == "carry"  ? Spin::carry
+                          : what == "matrix" ? Spin::matrix
+                                             : Spin::dot;
         using Clock = std::chrono::steady_clock;
         double best = 0;
         for (const auto end = Clock::now() + std::chrono::duration<double>(seconds); Clock::now() < end;) {
@@ -238,7 +242,7 @@ void bind_kernels(nb::module_& m) {
         return best;
       },
       "isa"_a, "what"_a, "seconds"_a,
-      "Multiply-accumulates a second of bare instructions in registers: the machine's bound for 'dot', 'popcount', 'add', 'carry'.");
+      "Multiply-accumulates a second of bare instructions in registers: the machine's bound for 'dot', 'popcount', 'add', 'carry', 'matrix'.");
 }
 
 }  // namespace bitspike

@@ -5,7 +5,7 @@
 namespace bitspike {
 namespace {
 
-// By Variant: dense, narrow, events, sliced, popcount, shift, winograd. Measured on one core per instruction set by
+// By Variant: dense, narrow, events, sliced, popcount, shift, winograd, matrix. Measured on one core per instruction set by
 // `python benchmarks/choice.py`, which prints these lines; only their ratios matter. One is set by hand: an output of narrow on AVX-512
 // costs as much as one of dense (measured: 0.107), since weights that come from far, as in a network of many layers and not in that
 // benchmark, are half as many; the 1x1 layers of the 15 M network take 0.97 x the time so.
@@ -19,7 +19,10 @@ struct Costs {
 constexpr Costs kCosts[] = {
     {"avx512", 128, 512,
      {{0.00215f, 0, 0, 0.093f}, {0.00211f, 0, 0, 0.093f}, {0, 0.00257f, 0.032f, 0.241f}, {0, 0.00071f, 0.013f, 0.159f},
-      {0.00048f, 0, 0, 0.154f}, {0.0145f, 0, 0, 0.097f}, {0.00235f, 0, 0, 0.256f}}},
+      {0.00048f, 0, 0, 0.154f}, {0.0145f, 0, 0, 0.097f}, {0.00235f, 0, 0, 0.256f}, {}}},
+    {"amx", 128, 512,  // on Intel, 512-bit instructions one or two a cycle
+     {{0.00250f, 0, 0, 0.103f}, {0.00283f, 0, 0, 0.123f}, {0, 0.00381f, 0.029f, 0.274f}, {0, 0.00086f, 0.016f, 0.252f},
+      {0.00077f, 0, 0, 0.17f}, {0.0287f, 0, 0, 0.146f}, {0.00355f, 0, 0, 0.192f}, {0.00041f, 0, 0.028f, 0.066f}}},
     {"avx2", 1, 256,
      {{0.00949f, 0, 0, 0.226f}, {0.0142f, 0, 0, 0.296f}, {0, 0.00790f, 0.040f, 0.567f}, {0, 0.00284f, 0.027f, 0.996f},
       {0.00324f, 0, 0, 0.578f}, {0.0308f, 0, 0, 0.258f}, {0.00995f, 0, 0, 0.218f}}},
@@ -51,7 +54,7 @@ bool able(const Kernels& k, const Conv& c, Variant v) {
   return kernel.run && (!kernel.supported || kernel.supported(c));
 }
 
-double cost_ns(const Kernels& k, const Conv& conv, Variant v, Load codes) {
+double cost_ns(const Kernels& k, const Conv& conv, Variant v, Load codes, size_t calls) {
   const Costs& all = costs(k);
   const Cost& rate = all.of[static_cast<int>(v)];
   const Conv c = v == Variant::events ? events_conv(conv, k.event_bytes, k.carry_save) : conv;
@@ -59,7 +62,11 @@ double cost_ns(const Kernels& k, const Conv& conv, Variant v, Load codes) {
   const double taps = double(c.kernel_h) * c.kernel_w * c.group_channels();
   // Winograd: 16 for every tile of 2x2 outputs, 24 for one of 2x4.
   const double tiles = double((c.out_height + 1) / 2) * (c.wide_tiles ? (c.out_width + 3) / 4 * 24 : (c.out_width + 1) / 2 * 16);
-  const double products = v == Variant::winograd ? tiles * c.outputs * c.channels : outputs * taps, read = double(c.out_height) * c.out_width * taps * c.groups;
+  // Whole tiles of 16 pixels, 64 codes and two times 16 outputs.
+  const auto whole = [](double n, int unit) { return (int64_t(n) + unit - 1) / unit * double(unit); };
+  const double unpacked = c.kernel_h * whole(double(c.kernel_w) * c.channels, 64) * whole(c.outputs, 32);
+  const double matrices = whole(double(c.out_height) * c.out_width, 16) * unpacked;
+  const double products = v == Variant::winograd ? tiles * c.outputs * c.channels : v == Variant::matrix ? matrices : outputs * taps, read = v == Variant::matrix ? unpacked * double(calls) : double(c.out_height) * c.out_width * taps * c.groups;
   const int planes = v == Variant::popcount ? c.bit_planes() : 1;
   const bool own = std::strcmp(all.name, k.name) == 0;  // of another set only the ratios are borrowed
   const bool sliced = v == Variant::sliced;
@@ -72,12 +79,12 @@ double cost_ns(const Kernels& k, const Conv& conv, Variant v, Load codes) {
          rate.output * outputs;
 }
 
-Variant cheapest(const Kernels& k, const Conv& c, const std::array<bool, kVariants>& able, Load load) {
+Variant cheapest(const Kernels& k, const Conv& c, const std::array<bool, kVariants>& able, Load load, size_t calls) {
   Variant best = Variant::dense;
-  double least = cost_ns(k, c, best, load);
+  double least = cost_ns(k, c, best, load, calls);
   for (int i = 1; i < kVariants; ++i) {
     const Variant v = static_cast<Variant>(i);
-    const double ns = able[i] ? cost_ns(k, c, v, load) : least;
+    const double ns = able[i] ? cost_ns(k, c, v, load, calls) : least;
     if (ns < least) best = v, least = ns;
   }
   return best;

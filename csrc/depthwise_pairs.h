@@ -1,5 +1,5 @@
 // Depthwise convolution of stride 1 in 16 bits: codes of two neighbouring rows lie side by side, and one instruction multiplies both
-// with their weights and adds the products, for 32 channels (AVX-512).
+// with their weights and adds the products, for 16 channels (AVX2).
 //
 // Bound: kernel_h * kernel_w * largest weight * largest code <= 32767 (both as magnitudes; s8 codes count as 255, since they are
 // code + 128 here), so that no sum of products can leave 16 bits, in whatever order.
@@ -15,7 +15,7 @@ constexpr int kMostPairs = 4;     // of rows in a window
 
 template <class V>
 bool pairs_fit(const Conv& c) {
-  if (!V::kPairs || c.stride_h != 1 || c.stride_w != 1) return false;
+  if (c.stride_h != 1 || c.stride_w != 1) return false;
   if ((c.kernel_w != 3 && c.kernel_w != 5 && c.kernel_w != 7) || c.kernel_h < 2 || c.kernel_h > 2 * kMostPairs) return false;
   if (c.channels < V::kBytes - V::kBytes / 4) return false;  // most of a vector would be empty
   const int64_t weight = c.most_weight(), code = c.kind == Kind::s8 ? 255 : c.hi;

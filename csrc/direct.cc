@@ -7,6 +7,11 @@
 // before and just after). For a given m these are bounds on b; m is 2^S times the slope of h, or a neighbour of it. Sums outside
 // are clipped to that range first. (x m + b) is computed modulo 2^32, which changes nothing if it stays within -2^31 .. 2^31 - 1
 // at both ends of the range: two more bounds, or closer ones where the sums of a convolution end before codes reach lo or hi.
+//
+// In floats the same line is x m / 2^S + (b + 1/2) / 2^S - 1/2, rounded to the nearest number: conversion, fused product and rounding
+// never fall either, so they make h of all sums if they do so of the outermost ones and on both sides of every boundary, which is computed.
+// Where the two roundings of h have moved a boundary across a sum, another line may pass by all of them (`roomiest`), and if there is none for
+// some output, potentials are made as defined, and a line makes codes of them.
 #include "direct.h"
 
 #include <algorithm>
@@ -77,6 +82,55 @@ bool fit(const std::vector<Boundary>& boundaries, const Quantizer& q, int scale,
   return least <= most;
 }
 
+// A line in floats.
+struct Line {
+  float scale, bias;
+
+  // Whether it makes the codes of the outermost sums and those at both sides of every boundary.
+  bool fits(const std::vector<Boundary>& boundaries, const Quantizer& q, int64_t most) const {
+    const auto code = [&](int64_t x) {
+      return clip(static_cast<int64_t>(std::nearbyint(std::fma(static_cast<float>(x), scale, bias))), q.lo, q.hi);
+    };
+    for (const Boundary& n : boundaries)
+      if (code(n.at - 1) != n.before || code(n.at) != n.after) return false;
+    // A code fits into an integer, whatever the sum.
+    return code(-most) == boundaries.front().before && code(most) == boundaries.back().after &&
+           std::abs(scale * float(most)) + std::abs(bias) < 1e9f;
+  }
+};
+
+// The line with the most room on both sides: at every boundary it must pass below the half before its higher code one sum earlier, and above the
+// half at the boundary. For a slope these are bounds on the bias; their distance is a concave function of the slope, made of straight
+// pieces, so that the sign of its slope tells where to go on.
+Line roomiest(const std::vector<Boundary>& boundaries, double slope) {
+  double low = slope * (1 - 1e-3), high = slope * (1 + 1e-3), bias = 0;
+  for (int i = 0; i < 40; ++i) {
+    slope = (low + high) / 2;
+    double most = HUGE_VAL, least = -HUGE_VAL, most_at = 0, least_at = 0;
+    for (const Boundary& n : boundaries) {
+      const double above = n.before + 0.5 - slope * static_cast<double>(n.at - 1), below = n.after - 0.5 - slope * static_cast<double>(n.at);
+      if (above < most) most = above, most_at = static_cast<double>(n.at - 1);
+      if (below > least) least = below, least_at = static_cast<double>(n.at);
+    }
+    bias = (most + least) / 2;
+    (least_at > most_at ? low : high) = slope;
+  }
+  return {static_cast<float>(slope), static_cast<float>(bias)};
+}
+
+// The line that makes codes of potentials not further from 0 than `most`, h being one multiplication; false if there is none.
+bool line_of_codes(int64_t m, const Quantizer& q, int64_t most, Line& line) {
+  if (m <= 0 || most > int64_t{1} << 30) return false;
+  const Output f{1, 0, m, 0, q.shift, q.lo, q.hi, 1};
+  const int64_t lowest = f.code(-most), highest = f.code(most);
+  line = {0, static_cast<float>(lowest)};
+  std::vector<Boundary> boundaries;
+  if (lowest == highest) return true;
+  if (!f.boundaries(lowest, highest, most, boundaries)) return false;
+  line = roomiest(boundaries, std::ldexp(static_cast<double>(m), -q.shift));
+  return line.fits(boundaries, q, most);
+}
+
 }  // namespace
 
 DirectCodes::DirectCodes(const Conv& c, const Quantizer& q) {
@@ -87,7 +141,9 @@ DirectCodes::DirectCodes(const Conv& c, const Quantizer& q) {
   int scale = 0;  // as large as leaves room for every code, and one step beyond
   while (scale < 30 && std::ldexp(std::max(q.hi + 1, -q.lo) + steepest, scale + 1) <= std::ldexp(1.0, 31)) ++scale;
   std::vector<int32_t> numbers(4 * padded);
+  std::vector<float> floats(2 * padded);
   int32_t *first = numbers.data(), *last = first + padded, *m = last + padded, *b = m + padded;
+  bool whole = true, rounded = q.lo >= -128 && q.hi <= 255;  // whether there are numbers for all outputs
   std::vector<Boundary> boundaries;
   for (int o = 0; o < c.outputs; ++o) {
     int64_t most = 0;
@@ -100,25 +156,44 @@ DirectCodes::DirectCodes(const Conv& c, const Quantizer& q) {
     const int64_t lowest = f.code(-most), highest = f.code(most);
     if (lowest == highest) {
       b[o] = static_cast<int32_t>(lowest * (int64_t{1} << scale));
+      floats[padded + o] = static_cast<float>(lowest);
       continue;
     }
     if (!f.boundaries(lowest, highest, most, boundaries)) return;
-    const double slope = std::ldexp(std::abs(double(f.m) * double(f.q)), scale - f.shift - f.q_shift);
-    if (!(slope < double(int64_t{1} << 31))) return;
+    const double codes = std::ldexp(std::abs(double(f.m) * double(f.q)), -f.shift - f.q_shift), slope = std::ldexp(codes, scale);
     int64_t bias = 0, times = 0;
     bool found = false;
     for (const int64_t near : {0, 1, -1, 2, -2, 3, -3}) {
+      if (!whole || !(slope < double(int64_t{1} << 31))) break;
       times = std::max<int64_t>(std::llround(slope) + near, 1);
       if ((found = times < int64_t{1} << 31 && fit(boundaries, q, scale, times, bias))) break;
     }
-    if (!found) return;
+    whole = whole && found;
+    Line line{static_cast<float>(std::ldexp(double(times), -scale)), static_cast<float>(std::ldexp(double(bias) + 0.5, -scale) - 0.5)};
+    if (rounded && !(found && line.fits(boundaries, q, most))) {
+      line = roomiest(boundaries, codes);
+      rounded = line.fits(boundaries, q, most);
+    }
+    if (!whole && !rounded) break;
+    floats[o] = f.sign > 0 ? line.scale : -line.scale, floats[padded + o] = line.bias;
     const int64_t from = boundaries.front().at - 1, to = boundaries.back().at;
     first[o] = static_cast<int32_t>(f.sign > 0 ? from : -to), last[o] = static_cast<int32_t>(f.sign > 0 ? to : -from);
     m[o] = static_cast<int32_t>(f.sign * times), b[o] = static_cast<int32_t>(static_cast<uint32_t>(static_cast<uint64_t>(bias)));
   }
-  numbers_ = std::make_shared<std::vector<int32_t>>(std::move(numbers));
-  const int32_t* at = numbers_->data();
-  direct_ = {scale, q.lo, q.hi, at, at + padded, at + 2 * padded, at + 3 * padded};
+  bool lines = !whole && !rounded && q.lo >= -128 && q.hi <= 255;  // of potentials, in the same place
+  Line line{0, 0};
+  for (int o = 0; o < c.outputs && lines; ++o) {
+    if (o == 0 || q.per_channel) lines = line_of_codes(q.m[q.per_channel ? o : 0], q, c.largest, line);
+    floats[o] = line.scale, floats[padded + o] = line.bias;
+  }
+  if (!whole && !rounded && !lines) return;
+  numbers_ = std::make_shared<Numbers>(Numbers{std::move(numbers), std::move(floats)});
+  direct_ = {scale, q.lo, q.hi, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  const int32_t* at = numbers_->whole.data();
+  if (whole) direct_.first = at, direct_.last = at + padded, direct_.m = at + 2 * padded, direct_.b = at + 3 * padded;
+  const float* rates = numbers_->floats.data();
+  if (rounded) direct_.scale = rates, direct_.bias = rates + padded;
+  if (lines) direct_.code_scale = rates, direct_.code_bias = rates + padded;
 }
 
 }  // namespace bitspike

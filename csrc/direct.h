@@ -16,7 +16,11 @@ class DirectCodes {
   const Direct* get() const { return numbers_ ? &direct_ : nullptr; }
 
  private:
-  std::shared_ptr<std::vector<int32_t>> numbers_;
+  struct Numbers {
+    std::vector<int32_t> whole;
+    std::vector<float> floats;
+  };
+  std::shared_ptr<Numbers> numbers_;
   Direct direct_{};
 };
 

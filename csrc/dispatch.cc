@@ -6,6 +6,11 @@
 #include <immintrin.h>
 #include <intrin.h>
 #endif
+#ifdef BITSPIKE_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #ifdef BITSPIKE_ARM64
 #if defined(__linux__)
 #include <asm/hwcap.h>
@@ -53,6 +58,17 @@ bool has_avx512_matrices() {
 #endif
 #endif
 
+#ifdef BITSPIKE_AMX
+// The instructions for tiles of bytes, and leave to use their registers, which Linux gives to a process that asks.
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!has_avx512_popcount() || !has_avx512_compress() || !has_avx512_matrices()) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
+  constexpr long kAskForComponent = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kAskForComponent, kTileData) == 0;
+}
+#endif
+
 #ifdef BITSPIKE_ARM64
 bool has_dot_product() {
 #if defined(__linux__)
@@ -68,7 +84,10 @@ bool has_dot_product() {
 #endif
 
 struct Available {
-  const Kernels* list[4] = {};
+  const Kernels* list[5] = {};
+#ifdef BITSPIKE_AMX
+  Kernels amx = kernels_avx512;
+#endif
   Available() {
     int n = 0;
     list[n++] = &kernels_scalar;
@@ -78,6 +97,11 @@ struct Available {
 #endif
     if (has_avx2()) list[n++] = &kernels_avx2;
     if (has_avx512()) list[n++] = &kernels_avx512;
+#ifdef BITSPIKE_AMX
+    amx.name = "amx", amx.conv[static_cast<int>(Variant::matrix)] = matrix_amx, amx.spin = spin_amx;
+    amx.attention_scratch_bytes = attention_scratch_bytes_amx, amx.attention = attention_amx;
+    if (has_amx()) list[n++] = &amx;
+#endif
 #endif
 #ifdef BITSPIKE_ARM64
     list[n++] = &kernels_neon;

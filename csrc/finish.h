@@ -1,6 +1,7 @@
 // What happens to potentials while they are in registers: residual, output, codes (see Epilogue in kernels.h), written
 // over the primitives `V` of tiles.h. A quantizer is brought into the cheapest form that is exact:
 //
+//   rounded one positive m <= 2^(s-1), few codes, where the set has floats: a fused product, rounded, makes the same code
 //   small   one positive m <= 2^(s-1): x is clipped to where the code still changes, so 32-bit products suffice
 //   steps   one positive m, at most kMostSteps codes above the lowest: how many limits x is above
 //   fits    |m| < 2^s: the rounded product fits into 32 bits for every x, so nothing saturates before the clip
@@ -24,11 +25,11 @@ namespace {
 inline int at_most(int a, int b) { return a < b ? a : b; }
 inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
-constexpr int kMostSteps = 4;
+constexpr int kMostSteps = 4, kMostRounded = 16;
 
 template <class V>
 struct QuantizeVector {
-  enum class Form { small, steps, fits, any } form = Form::any;
+  enum class Form { rounded, small, steps, fits, any } form = Form::any;
   const int32_t* m;
   bool per_channel;
   int32_t lo, hi;
@@ -36,6 +37,7 @@ struct QuantizeVector {
   int32_t first = 0, last = 0, factor = 1, half = 0;
   int shift = 0;
   int32_t limit[kMostSteps];  // steps
+  float times = 0, bias = 0;  // rounded
   typename V::Scale scale;
   typename V::Factor one;
 
@@ -50,6 +52,11 @@ struct QuantizeVector {
     const int64_t largest = hi > -int64_t{lo} ? hi : -int64_t{lo};
     const bool fits32 = q.shift >= 1 && q.shift <= 30 && ((largest + 1) << q.shift) + 2 * most < INT32_MAX;
     if (per_channel || m[0] <= 0) return;
+    if constexpr (V::kSums)
+      if (q.shift >= 2 && most <= int64_t{1} << (q.shift - 1) && find_floats(q)) {
+        form = Form::rounded;
+        return;
+      }
     if (!fits32 || most > int64_t{1} << (q.shift - 1)) {
       if (find_limits(q)) form = Form::steps;
       return;
@@ -63,13 +70,44 @@ struct QuantizeVector {
     first = static_cast<int32_t>(bottom / factor - (bottom % factor < 0));  // floor: its code is lo
   }
 
-  // x has code n or more if x * m + half >= n * 2^shift.
+  // The smallest x with code n: x * m + half >= n * 2^shift.
+  int64_t least_with(const Quantizer& q, int64_t n) const {
+    const int64_t one_code = int64_t{1} << q.shift, needed = n * one_code - (q.shift > 0 ? one_code / 2 : 0);
+    return needed / m[0] + (needed % m[0] > 0);  // ceil
+  }
+
+  // A line that reaches n - 1/2 between the last x with code n - 1 and the first with code n, for every n. Conversion, product and rounding
+  // never fall, so that it has the codes of all numbers if it has those on both sides of every boundary, which are computed.
+  bool find_floats(const Quantizer& q) {
+    if (q.shift > 54 || hi - lo > kMostRounded || hi > 255 || lo < -255) return false;
+    const double slope = static_cast<double>(m[0]) / static_cast<double>(int64_t{1} << q.shift);
+    double most = slope, least = -slope;  // of a bias
+    for (int n = lo + 1; n <= hi; ++n) {
+      const int64_t x = least_with(q, n);
+      if (x <= INT32_MIN || x > INT32_MAX) return false;
+      const double above = (n - 0.5) - slope * static_cast<double>(x), below = (n - 0.5) - slope * static_cast<double>(x - 1);
+      if (above > least) least = above;
+      if (below < most) most = below;
+    }
+    times = static_cast<float>(slope), bias = static_cast<float>((least + most) / 2);
+    for (int n = lo + 1; n <= hi; ++n) {
+      const int32_t x = static_cast<int32_t>(least_with(q, n));
+      int32_t codes[V::kLanes];
+      V::store(codes, rounded(V::splat(x)), V::kLanes);
+      if (codes[0] < n) return false;
+      V::store(codes, rounded(V::splat(x - 1)), V::kLanes);
+      if (codes[0] >= n) return false;
+    }
+    return true;
+  }
+  typename V::I32 rounded(typename V::I32 x) const {  // before the clip
+    return V::rounded(V::multiply_add(V::floats(x), V::splat_float(times), V::splat_float(bias)));
+  }
+
   bool find_limits(const Quantizer& q) {
     if (q.shift > 54 || hi - lo > kMostSteps || hi > 255 || lo < -255) return false;
-    const int64_t one_code = int64_t{1} << q.shift, rounding = q.shift > 0 ? one_code / 2 : 0;
     for (int k = 0; k < kMostSteps; ++k) {
-      const int64_t needed = (lo + k + 1) * one_code - rounding;
-      const int64_t least = needed / m[0] + (needed % m[0] > 0);  // ceil
+      const int64_t least = least_with(q, lo + k + 1);
       if (least <= INT32_MIN) return false;
       limit[k] = lo + k + 1 > hi || least > INT32_MAX ? INT32_MAX : static_cast<int32_t>(least - 1);
     }
@@ -78,6 +116,7 @@ struct QuantizeVector {
 
   template <Form kForm>
   typename V::I32 apply(typename V::I32 x, size_t channel, int lanes) const {
+    if constexpr (kForm == Form::rounded && V::kSums) return V::clip(rounded(x), lo, hi);
     if (kForm == Form::small) {
       x = V::clip(x, first, last);
       if (factor != 1) x = V::multiply(x, V::splat(factor));
@@ -94,6 +133,7 @@ struct QuantizeVector {
   }
 
   typename V::I32 operator()(typename V::I32 x, size_t channel, int lanes) const {
+    if (form == Form::rounded) return apply<Form::rounded>(x, channel, lanes);
     if (form == Form::small) return apply<Form::small>(x, channel, lanes);
     if (form == Form::steps) return apply<Form::steps>(x, channel, lanes);
     if (form == Form::fits) return apply<Form::fits>(x, channel, lanes);
@@ -107,13 +147,13 @@ inline const Quantizer& used_quantizer(const Epilogue& e, int k) {
   return e.codes[k] ? e.quantizer[k] : kNone;
 }
 
-// What Requantize makes of sums for an epilogue.
-enum class Made { potentials, codes, sums };
+// What Requantize makes of sums for an epilogue. rounded: codes, by floats.
+enum class Made { potentials, codes, rounded, sums };
 
 // Any epilogue, after any convolution.
 template <class V>
 struct FinishAny {
-  static constexpr bool kFits = false;
+  static constexpr bool kFits = false, kUsualCodes = false;
   static constexpr Made kMade = Made::potentials;
   const Epilogue& e;
   QuantizeVector<V> first, second;
@@ -130,11 +170,15 @@ struct FinishAny {
   }
 };
 
+enum class Added { nothing, saturating, fitting };
+
 // The usual ones, with nothing left to decide per vector. kCodes: whether there are codes, made in the given form.
-template <class V, bool kResidual, bool kOut, bool kCodes, int kForm>
+template <class V, Added kAdded, bool kOut, bool kCodes, int kForm>
 struct FinishUsual {
   using Quantize = QuantizeVector<V>;
-  static constexpr bool kFits = true;
+  static constexpr bool kFits = true, kUsualCodes = kCodes;  // the latter: x becomes `code`, between lo() and hi()
+  static constexpr Added kSum = kAdded;
+  static constexpr bool kKept = kOut;
   static constexpr Made kMade = Made::potentials;
   const int32_t* residual;
   int32_t* out;
@@ -143,30 +187,56 @@ struct FinishUsual {
 
   FinishUsual(const Epilogue& e, const Quantize& q) : residual(e.residual), out(e.out), codes(e.codes[0]), quantize(q) {}
 
+  int lo() const { return quantize.lo; }
+  int hi() const { return quantize.hi; }
+  BITSPIKE_INLINE typename V::I32 code(size_t channel, int lanes, typename V::I32 x) const {
+    return quantize.template apply<static_cast<typename Quantize::Form>(kForm)>(x, channel, lanes);
+  }
   void operator()(size_t i, size_t channel, int lanes, typename V::I32 x) const {
-    if (kResidual) x = V::add_saturating(x, V::load(residual + i, lanes));
+    if (kAdded == Added::saturating) x = V::add_saturating(x, V::load(residual + i, lanes));
+    if (kAdded == Added::fitting) x = V::add(x, V::load(residual + i, lanes));
     if (kOut) V::store(out + i, x, lanes);
-    if (kCodes)
-      V::store_codes(codes + i, quantize.template apply<static_cast<typename Quantize::Form>(kForm)>(x, channel, lanes),
-                     lanes);
+    if (kCodes) V::store_codes(codes + i, code(channel, lanes, x), lanes);
   }
 };
 
 // Codes that Requantize makes of the sums.
-template <class V>
+template <class V, Made kHow>
 struct FinishDirect {
-  static constexpr bool kFits = true;
-  static constexpr Made kMade = Made::codes;
+  static constexpr bool kFits = true, kUsualCodes = false;
+  static constexpr Made kMade = kHow;
   const Direct direct;  // a copy, for the compiler to know that no code that is stored changes it
   uint8_t* codes;
 
   void operator()(size_t i, size_t, int lanes, typename V::I32 code) const { V::store_codes(codes + i, code, lanes); }
 };
 
+// Codes of potentials by floats, one line per channel.
+template <class V>
+struct FinishLines {
+  static constexpr bool kFits = true, kUsualCodes = true;
+  static constexpr Added kSum = Added::nothing;
+  static constexpr bool kKept = false;
+  static constexpr Made kMade = Made::potentials;
+  const Direct direct;
+  uint8_t* codes;
+  const int32_t* residual = nullptr;
+  int32_t* out = nullptr;
+
+  int lo() const { return direct.lo; }
+  int hi() const { return direct.hi; }
+  BITSPIKE_INLINE typename V::I32 code(size_t channel, int, typename V::I32 x) const {
+    return V::rounded(V::multiply_add(V::floats(x), V::load_floats(direct.code_scale + channel), V::load_floats(direct.code_bias + channel)));
+  }
+  void operator()(size_t i, size_t channel, int lanes, typename V::I32 x) const {
+    V::store_codes(codes + i, V::clip(code(channel, lanes, x), direct.lo, direct.hi), lanes);
+  }
+};
+
 // The sums themselves.
 template <class V>
 struct FinishSums {
-  static constexpr bool kFits = true;
+  static constexpr bool kFits = true, kUsualCodes = false;
   static constexpr Made kMade = Made::sums;
   int16_t* sums;
 
@@ -178,48 +248,49 @@ struct FinishSums {
 template <class V, class Body>
 void with_finish(const Epilogue& e, size_t channels, bool fits, Body body) {
   using Form = typename QuantizeVector<V>::Form;
-  if constexpr (V::kSums)
+  if constexpr (V::kSums) {
     if (e.sums) return body(FinishSums<V>{e.sums});
-  if (e.direct) return body(FinishDirect<V>{*e.direct, e.codes[0]});
+    if (e.direct && e.direct->scale) return body(FinishDirect<V, Made::rounded>{*e.direct, e.codes[0]});
+  }
+  if (e.direct && e.direct->m) return body(FinishDirect<V, Made::codes>{*e.direct, e.codes[0]});
+  if constexpr (V::kSums)
+    if (fits && e.direct && e.direct->code_scale) return body(FinishLines<V>{*e.direct, e.codes[0]});
   if (!fits || e.codes[1]) return body(FinishAny<V>(e, channels));
   const QuantizeVector<V> q(used_quantizer(e, 0), channels);
-  constexpr int kSmall = static_cast<int>(Form::small), kSteps = static_cast<int>(Form::steps), kFits = static_cast<int>(Form::fits);
+  using R = Added;
+  constexpr int kRounded = static_cast<int>(Form::rounded), kSmall = static_cast<int>(Form::small), kSteps = static_cast<int>(Form::steps),
+                kFits = static_cast<int>(Form::fits);
   const bool small = q.form == Form::small, steps = q.form == Form::steps;
+  if constexpr (V::kSums) {  // where floats are
+    if (e.codes[0] && q.form == Form::rounded) {
+      if (e.residual && !e.out && e.fits) return body(FinishUsual<V, R::fitting, false, true, kRounded>(e, q));
+      if (e.residual && !e.out) return body(FinishUsual<V, R::saturating, false, true, kRounded>(e, q));
+      if (!e.out) return body(FinishUsual<V, R::nothing, false, true, kRounded>(e, q));
+      if (!e.residual) return body(FinishUsual<V, R::nothing, true, true, kRounded>(e, q));
+      if (e.fits) return body(FinishUsual<V, R::fitting, true, true, kRounded>(e, q));
+      return body(FinishUsual<V, R::saturating, true, true, kRounded>(e, q));
+    }
+    if (!e.codes[0] && e.residual && e.out && e.fits) return body(FinishUsual<V, R::fitting, true, false, 0>(e, q));
+  }
   if (!e.codes[0]) {
-    if (!e.residual && e.out) return body(FinishUsual<V, false, true, false, 0>(e, q));
-    if (e.residual && e.out) return body(FinishUsual<V, true, true, false, 0>(e, q));
+    if (!e.residual && e.out) return body(FinishUsual<V, R::nothing, true, false, 0>(e, q));
+    if (e.residual && e.out) return body(FinishUsual<V, R::saturating, true, false, 0>(e, q));
   } else if (!e.residual && !e.out) {
-    if (small) return body(FinishUsual<V, false, false, true, kSmall>(e, q));
-    if (steps) return body(FinishUsual<V, false, false, true, kSteps>(e, q));
-    if (q.form == Form::fits) return body(FinishUsual<V, false, false, true, kFits>(e, q));
+    if (small) return body(FinishUsual<V, R::nothing, false, true, kSmall>(e, q));
+    if (steps) return body(FinishUsual<V, R::nothing, false, true, kSteps>(e, q));
+    if (q.form == Form::fits) return body(FinishUsual<V, R::nothing, false, true, kFits>(e, q));
   } else if (small && e.out) {
-    if (e.residual) return body(FinishUsual<V, true, true, true, kSmall>(e, q));
-    return body(FinishUsual<V, false, true, true, kSmall>(e, q));
+    if (e.residual) return body(FinishUsual<V, R::saturating, true, true, kSmall>(e, q));
+    return body(FinishUsual<V, R::nothing, true, true, kSmall>(e, q));
   } else if (steps && e.out) {
-    if (e.residual) return body(FinishUsual<V, true, true, true, kSteps>(e, q));
-    return body(FinishUsual<V, false, true, true, kSteps>(e, q));
+    if (e.residual) return body(FinishUsual<V, R::saturating, true, true, kSteps>(e, q));
+    return body(FinishUsual<V, R::nothing, true, true, kSteps>(e, q));
   }
   body(FinishAny<V>(e, channels));
 }
 
-// True if sat32(rshift(acc * m[o], s) + b[o]) never saturates and rshift(acc * m[o], s) stays within 32 bits, for every
-// output, from the weights and the range of the codes. Called when weights are packed.
-inline bool requant_fits(const Conv& c) {
-  const size_t taps = static_cast<size_t>(c.kernel_h) * c.kernel_w * c.group_channels();
-  const int64_t code = c.most_code();
-  for (int o = 0; o < c.outputs; ++o) {
-    const int8_t* w = c.weight + o * taps;
-    int64_t sum = 0;
-    for (size_t k = 0; k < taps;) {
-      int32_t part = 0;  // of at most 2^16 weights, so that it stays narrow enough for the vectorizer
-      for (const size_t end = taps - k < 65536 ? taps : k + 65536; k < end; ++k) part += w[k] < 0 ? -w[k] : w[k];
-      sum += part;
-    }
-    const int64_t m = c.m[o] < 0 ? -int64_t{c.m[o]} : c.m[o], b = c.b[o] < 0 ? -int64_t{c.b[o]} : c.b[o];
-    if (sum * code > INT32_MAX || ((sum * code * m) >> c.shift) + 1 + b > INT32_MAX) return false;
-  }
-  return true;
-}
+// True if sat32(rshift(acc * m[o], s) + b[o]) never saturates and rshift(acc * m[o], s) stays within 32 bits, for every output.
+inline bool requant_fits(const Conv& c) { return c.largest <= INT32_MAX; }
 
 // What makes of the accumulators of kLanes outputs, the first of which is `channel`, what `Finish` takes: potentials.
 template <class V, class Finish, Made kMade = Finish::kMade>
@@ -247,6 +318,19 @@ struct Requantize<V, Finish, Made::codes> {
   typename V::I32 operator()(typename V::I32 acc, const typename V::Scale&) const {
     const typename V::I32 x = V::smaller(V::larger(acc, first), last);
     return V::clip(V::shift_right(V::add(V::multiply(x, m), b), shift), lo, hi);
+  }
+};
+
+template <class V, class Finish>
+struct Requantize<V, Finish, Made::rounded> {
+  typename V::F32 scale, bias;
+  int lo, hi;
+
+  Requantize(const Finish& finish, size_t channel, const int32_t*, const int32_t*)
+      : scale(V::load_floats(finish.direct.scale + channel)), bias(V::load_floats(finish.direct.bias + channel)),
+        lo(finish.direct.lo), hi(finish.direct.hi) {}
+  typename V::I32 operator()(typename V::I32 acc, const typename V::Scale&) const {
+    return V::clip(V::rounded(V::multiply_add(V::floats(acc), scale, bias)), lo, hi);
   }
 };
 

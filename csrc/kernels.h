@@ -32,8 +32,10 @@ struct Conv {
   // What describe_weights found; the variants decide by it.
   int weight_lo, weight_hi;              // smallest and largest weight
   bool weight_pow2, weight_bipolar;      // every weight is 0 or +-2^e; every weight is -1 or +1
+  int64_t largest;                       // what no potential is further from 0 than, before saturation
   bool wide_tiles;                       // winograd, if supported, can make 2x4 outputs at a time (winograd.h)
   bool by_bits;                          // events: codes may be added bit by bit (events.h); may change from call to call
+  const char *ahead = nullptr, *ahead_end = nullptr;  // weights that some convolution after this one will read: matrix fetches them
 
   int group_channels() const { return channels / groups; }
   int group_outputs() const { return outputs / groups; }
@@ -47,7 +49,7 @@ struct Conv {
   }
 };
 
-// Fills weight_lo .. wide_tiles from `weight`. Call it once, before anything else sees the Conv.
+// Fills weight_lo .. wide_tiles from `weight`, m, b, shift and the range of the codes. Call it once, before anything else sees the Conv.
 void describe_weights(Conv&);
 
 // y = clip(rshift(x * m[c], s), lo, hi): a neuron without memory, or the codes of an inner activation. u8 and s8 differ
@@ -60,11 +62,14 @@ struct Quantizer {
 };
 
 // The same codes from the sums themselves, where no potential is wanted (direct.cc): a code is
-// clip((clip(acc, first, last) * m + b) >> shift, lo, hi), modulo 2^32, with numbers per output, in arrays
-// that may be read 64 numbers beyond the last.
+// clip((clip(acc, first, last) * m + b) >> shift, lo, hi), modulo 2^32, or clip(round(acc * scale + bias), lo, hi), fused and to the nearest
+// even, with numbers per output, in arrays that may be read 64 numbers beyond the last. Or else, where the two roundings on the way can't be
+// one, from the potentials: clip(round(x * code_scale + code_bias), lo, hi). Pointers are null where there are no such numbers.
 struct Direct {
   int shift, lo, hi;
   const int32_t *first, *last, *m, *b;
+  const float *scale, *bias;
+  const float *code_scale, *code_bias;
 };
 
 // What becomes of a row of potentials x while it is still in registers:
@@ -79,6 +84,7 @@ struct Epilogue {
   size_t* nonzero[2];
   const Direct* direct;  // what a convolution may do instead: codes[0] is all there is to write. Or nullptr
   int16_t* sums;         // what a convolution does instead of everything else: it writes its sums, which fit. Or nullptr
+  bool fits;             // x + residual cannot leave 32 bits
 };
 
 // The ways to compute one convolution. All that support it give the same integers.
@@ -90,8 +96,9 @@ enum class Variant {
   popcount,  // AND and bit counts on planes of the codes: weights -1 and +1, u8 codes
   shift,     // weights 0 and +-2^e: shifts and additions, no products
   winograd,  // 16 products for four outputs that have 36: 3x3, stride 1, weights and u8 codes of few bits
+  matrix,    // as dense, by a matrix unit: one group of channels
 };
-constexpr int kVariants = 7;
+constexpr int kVariants = 8;
 const char* variant_name(Variant);  // "dense" ...
 
 struct ConvKernel {
@@ -209,8 +216,8 @@ struct IeLif {
 };
 
 // The instructions that bound a variant: products (dense, narrow), AND and count (popcount), 8-bit additions (events), full
-// adders (sliced).
-enum class Spin { dot, popcount, add, carry };
+// adders (sliced), products of tiles (matrix).
+enum class Spin { dot, popcount, add, carry, matrix };
 
 struct Kernels {
   const char* name;
@@ -322,6 +329,13 @@ bool cpu_has_avx512_matrices();  // dispatch.cc
 size_t append_events_avx512(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base);
 size_t append_plane_avx512(uint16_t* to, size_t count, const uint8_t* codes, int channels, uint16_t base, int plane);
 bool cpu_has_avx512_compress();  // dispatch.cc
+
+// amx.cc: the set "amx" is that of AVX-512, all of the above included, with these. Where the compiler knows AMX.
+extern const ConvKernel matrix_amx;
+double spin_amx(Spin, size_t rounds);
+// amx_attention.cc
+size_t attention_scratch_bytes_amx(const Attention&);
+void attention_amx(const Attention&, const uint8_t* q, const uint8_t* k, const uint8_t* v, int32_t* y, void* scratch);
 #endif
 
 #ifdef BITSPIKE_ARM64

@@ -165,7 +165,7 @@ struct Neon : NeonCodes<kDot> {
   static I32 sub(I32 a, I32 b) { return vsubq_s32(a, b); }
   static I32 add_saturating(I32 a, I32 b) { return vqaddq_s32(a, b); }
   static I32 shift_left(I32 a, int n) { return vshlq_s32(a, vdupq_n_s32(n)); }
-  static constexpr bool kPairs = false;
+  static constexpr bool kQuads = false, kPairs = false;
   static constexpr bool kSums = false;
   static I32 xor_(I32 a, I32 b) { return veorq_s32(a, b); }
   static I32 shift_left_each(I32 a, I32 n) { return vshlq_s32(a, n); }  // 0 for 32 and more

@@ -17,7 +17,10 @@ namespace {
 constexpr size_t kTileBytes = 512 << 10;   // what a tile reads and writes: half of a second-level cache
 constexpr size_t kGroupBytes = 512 << 10;  // arena of a group: images are taken together while they fit
 constexpr size_t kMostImages = 64;         // in a group
+constexpr size_t kPositions = 32;          // of a flat stage that stay together
+constexpr size_t kFewPositions = 1024, kFewParts = 32;  // what a tile costs beside so few, as unpacking weights, is worth a thread's waiting
 constexpr float kForget = 0.25f;           // share of the newest call in the moving density
+constexpr unsigned kFirstCalls = 8, kCalls = 8;  // codes are looked at in the first calls, then in one of so many
 
 size_t rounded(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -97,6 +100,7 @@ int Plan::value(const Value& v) {
   density_.push_back(-1);
   counted_.push_back(-1);
   mentioned_.push_back(0);
+  largest_.push_back(int64_t{1} << 31);
   return static_cast<int>(values_.size()) - 1;
 }
 
@@ -132,9 +136,17 @@ char* Plan::place(const Value& v, const Group& g, const Tile& tile, size_t capac
   return s.tile.get(0) + v.offset * capacity + t * capacity * v.position_bytes();
 }
 
-Epilogue Plan::epilogue(const Finish& f, const Group& g, const Tile& tile, size_t capacity, Scratch& s, int step,
+int64_t Plan::largest_residual(const Finish& f) const {
+  if (f.residual < 0) return 0;
+  const Value& r = values_[f.residual];
+  if (r.kind != Kind::u8) return largest_[f.residual];
+  return (f.scaled.hi * std::abs(int64_t{f.scaled.m}) >> f.scaled.shift) + 1 + std::abs(int64_t{f.scaled.b});
+}
+
+Epilogue Plan::epilogue(const Finish& f, const Group& g, const Tile& tile, size_t capacity, Scratch& s, int step, int64_t largest,
                         bool summed) const {
   Epilogue e{};
+  e.fits = largest + largest_residual(f) <= INT32_MAX;
   if (f.residual >= 0) {
     const Value& r = values_[f.residual];
     const char* from = place(r, g, tile, capacity, s, step);
@@ -156,6 +168,16 @@ Epilogue Plan::epilogue(const Finish& f, const Group& g, const Tile& tile, size_
   return e;
 }
 
+// The weights of the next convolution by matrices: they are too many to stay in the caches from picture to picture.
+void Plan::look_ahead(Conv& c, size_t layer, const std::vector<Variant>& variants) const {
+  constexpr int kMatrix = static_cast<int>(Variant::matrix);
+  for (size_t next = layer + 1; next < layers_.size(); ++next)
+    if (variants[next] == Variant::matrix) {
+      c.ahead = layers_[next]->packed[kMatrix].get(0), c.ahead_end = c.ahead + layers_[next]->packed[kMatrix].size();
+      return;
+    }
+}
+
 void Plan::conv(int x, const Conv& given, const Finish& f) {
   for (const Codes& c : f.codes) counted_[c.value] = stages() - 1;
   layers_.push_back(std::make_unique<Layered>());
@@ -170,6 +192,7 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
   c.height = values_[x].height, c.width = values_[x].width;
   c.out_height = stage.height, c.out_width = stage.width;
   describe_weights(c);
+  if (f.out >= 0) largest_[f.out] = std::min(c.largest + largest_residual(f), int64_t{1} << 31);
   int count = 0;
   for (int v = 0; v < kVariants; ++v) count += layer.able[v] = bitspike::able(kernels_, c, static_cast<Variant>(v));
   layer.choice = count > 1;
@@ -184,6 +207,7 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
     const void* packed = layer.packed[static_cast<int>(variant)].get(0);
     Conv c = layer.conv;
     c.by_bits = layer.by_bits.load(std::memory_order_relaxed);
+    if (variant == Variant::matrix && tile.first == 0) look_ahead(c, index, *g.variants);
     if (flat) c.height = c.out_height = 1, c.width = c.out_width = static_cast<int>(tile.count);
     const int row0 = flat ? 0 : tile.row0, row1 = flat ? 1 : tile.row1;
     void* scratch = s.kernel.get(k.scratch_bytes(c, row1 - row0));
@@ -193,9 +217,9 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
     for (int t = 0; t < steps; ++t) {
       const char* from = flat ? place(values_[x], g, tile, capacity, s, t) : image(values_[x], g, tile.image, t);
       const size_t all = values_[x].positions() * unit;  // with padding, the last rows may read none of it
-      if (layer.choice && skipped < all) look(from + skipped, std::min(read, all - skipped), c.hi > 1, s.sample[index]);
+      if (g.sampled && layer.choice && skipped < all) look(from + skipped, std::min(read, all - skipped), c.hi > 1, s.sample[index]);
       const bool summed = layer.sums.get();
-      Epilogue e = epilogue(f, g, tile, capacity, s, t, summed);
+      Epilogue e = epilogue(f, g, tile, capacity, s, t, layer.conv.largest, summed);
       e.direct = layer.direct_ready.load(std::memory_order_acquire);
       if (summed) e.sums = reinterpret_cast<int16_t*>(e.out);
       k.run(c, packed, from, row0, row1, e, scratch);
@@ -209,10 +233,12 @@ void Plan::finish(int x, const Finish& f) {
   int steps = values_[x].steps;
   if (f.residual >= 0) steps = std::max(steps, values_[f.residual].steps);
   const size_t channels = values_[x].channels;
-  const auto run = [this, x, f, steps, channels](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+  const int64_t largest = largest_[x];
+  if (f.out >= 0) largest_[f.out] = std::min(largest + largest_residual(f), int64_t{1} << 31);
+  const auto run = [this, x, f, steps, channels, largest](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
     for (int t = 0; t < steps; ++t)
       kernels_.finish(reinterpret_cast<int32_t*>(place(values_[x], g, tile, capacity, s, t)), tile.count, channels,
-                      epilogue(f, g, tile, capacity, s, t));
+                      epilogue(f, g, tile, capacity, s, t, largest));
   };
   add(run, {x, f.residual, f.out, f.codes.size() > 0 ? f.codes[0].value : -1, f.codes.size() > 1 ? f.codes[1].value : -1});
 }
@@ -231,7 +257,9 @@ size_t Plan::tiles(const Stage& s, size_t images, int threads) const {
   const size_t target = std::max<size_t>(kTileBytes / std::max<size_t>(s.unit_bytes, 1), s.parts ? 1 : 64);
   size_t tiles = (per_image + target - 1) / target;
   if (threads > 1) {
-    const size_t share = s.parts ? (2 * threads + images - 1) / images : 2 * threads;
+    // Two for every thread, so that one that is held up delays the others less; one where that is much of the work.
+    const size_t wanted = per_image > (s.parts ? kFewParts : kFewPositions) ? 2 * threads : threads;
+    const size_t share = s.parts ? (wanted + images - 1) / images : wanted;
     const size_t most = s.parts ? per_image : per_image / 16;  // not so small that starting one costs more than doing it
     tiles = std::max(tiles, std::min(share, std::max<size_t>(most, 1)));
   }
@@ -251,8 +279,10 @@ void Plan::run_tile(const Stage& s, const Group& g, size_t index, size_t tiles, 
     tile.first = (tile.image * s.height + tile.row0) * s.width;
     tile.count = static_cast<size_t>(tile.row1 - tile.row0) * s.width;
   } else {
-    tile.first = units * index / tiles;
-    tile.count = units * (index + 1) / tiles - tile.first;
+    // Whole blocks of positions where there are enough: convolutions by matrices make so many at a time.
+    const size_t unit = units < 2 * kPositions * tiles ? 1 : kPositions;
+    const auto position = [&](size_t i) { return i == tiles ? units : units * i / tiles / unit * unit; };
+    tile.first = position(index), tile.count = position(index + 1) - tile.first;
   }
   capacity = rounded(tile.count, 64);
   scratch.tile.get(capacity * s.local_bytes);
@@ -334,7 +364,7 @@ std::vector<Variant> Plan::choose() {
   for (const std::unique_ptr<Layered>& layer : layers_) {
     const Conv& c = layer->conv;
     const Variant v = layer->forced >= 0 ? static_cast<Variant>(layer->forced)
-                                         : cheapest(kernels_, c, layer->able, load_[variants.size()]);
+                                         : cheapest(kernels_, c, layer->able, load_[variants.size()], tiles(*stages_[layer->stage], 1, 1));
     const int i = static_cast<int>(v);
     layer->by_bits.store(by_bits(kernels_, c, load_[variants.size()]), std::memory_order_relaxed);
     if (!layer->ready[i]) {
@@ -351,6 +381,11 @@ std::vector<Variant> Plan::choose() {
     }
   }
   return variants;
+}
+
+bool Plan::sample() {
+  const unsigned call = calls_.fetch_add(1, std::memory_order_relaxed);
+  return call < kFirstCalls || call % kCalls == 0;
 }
 
 // What the codes of stages [first, last) were like.
@@ -381,6 +416,7 @@ void Plan::logits(const Group& g, float* to) const {
 void Plan::run(const uint8_t* pixels, size_t images, float* logits_to, int threads, double* seconds) {
   if (!images) return;
   const std::vector<Variant> variants = choose();
+  const bool sampled = sample();
   const size_t cached = std::clamp<size_t>(kGroupBytes / std::max<size_t>(arena_bytes_, 1), 1, kMostImages);
   const int all = stages();
   size_t begun = 0;
@@ -393,7 +429,7 @@ void Plan::run(const uint8_t* pixels, size_t images, float* logits_to, int threa
       const size_t first = begun * i / groups, count = begun * (i + 1) / groups - first;
       std::unique_ptr<Workspace> w = take();
       prepare(*w, 1);
-      const Group g{pixels, images, first, count, w->arena.get(arena_bytes_ * count), &variants};
+      const Group g{pixels, images, first, count, w->arena.get(arena_bytes_ * count), &variants, sampled};
       run_group(g, 0, all, 1, *w, nullptr);
       logits(g, logits_to);
       learn(*w, count, 0, all);
@@ -408,7 +444,7 @@ void Plan::run(const uint8_t* pixels, size_t images, float* logits_to, int threa
   for (size_t i = 0; i < groups; ++i) {
     prepare(*w, threads);
     const size_t first = begun + left * i / groups, count = begun + left * (i + 1) / groups - first;
-    const Group g{pixels, images, first, count, w->arena.get(arena_bytes_ * most), &variants};
+    const Group g{pixels, images, first, count, w->arena.get(arena_bytes_ * most), &variants, sampled};
     run_group(g, 0, all, threads, *w, seconds);
     logits(g, logits_to);
     learn(*w, count, 0, all);
@@ -420,7 +456,7 @@ void Plan::run_part(const uint8_t* pixels, size_t images, char* arena, int first
   const std::vector<Variant> variants = choose();
   std::unique_ptr<Workspace> w = take();
   prepare(*w, threads);
-  run_group(Group{pixels, images, 0, images, arena, &variants}, first, last, threads, *w, seconds);
+  run_group(Group{pixels, images, 0, images, arena, &variants, sample()}, first, last, threads, *w, seconds);
   learn(*w, images, first, last);
   give(std::move(w));
 }

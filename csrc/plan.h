@@ -59,6 +59,7 @@ struct Group {  // the images of one pass through the stages
   size_t total, first, images;  // in `pixels`; the group's first; of the group
   char* arena;
   const std::vector<Variant>* variants;  // by convolution
+  bool sampled;                          // whether some of the codes that convolutions read are looked at
 };
 
 // A quantizer of an epilogue: where its codes go, and its numbers.
@@ -141,11 +142,14 @@ class Plan {
   char* image(const Value&, const Group&, size_t image, int step) const;
   size_t stride(const Value&, const Group&, const Tile&, size_t capacity, Scratch&) const;
   void add(Step, std::initializer_list<int> operands);
-  // summed: sums are written instead, and no residual is read.
-  Epilogue epilogue(const Finish&, const Group&, const Tile&, size_t capacity, Scratch&, int step, bool summed = false) const;
+  int64_t largest_residual(const Finish&) const;
+  void look_ahead(Conv&, size_t layer, const std::vector<Variant>&) const;
+  // summed: sums are written instead, and no residual is read. largest: of what the residual is added to.
+  Epilogue epilogue(const Finish&, const Group&, const Tile&, size_t capacity, Scratch&, int step, int64_t largest, bool summed = false) const;
   void run_tile(const Stage&, const Group&, size_t index, size_t tiles, size_t units, Scratch&) const;
   size_t tiles(const Stage&, size_t images, int threads) const;
   void run_group(const Group&, int first, int last, int threads, Workspace&, double* seconds) const;
+  bool sample();  // whether this call looks at codes
   std::unique_ptr<Workspace> take();
   void give(std::unique_ptr<Workspace>);
   void prepare(Workspace&, int threads) const;  // scratch for so many threads, with nothing counted yet
@@ -157,6 +161,7 @@ class Plan {
   std::vector<Value> values_;
   std::vector<std::unique_ptr<Stage>> stages_;
   std::vector<std::unique_ptr<Layered>> layers_;
+  std::vector<int64_t> largest_;  // by value: what no potential is further from 0 than
   std::vector<int> mentioned_;  // by value: how often steps read or write it
   std::vector<std::function<void()>> neurons_;  // what `done` does for those that may read sums
   std::vector<int> counted_;  // by value: the stage that counts its codes that are not 0; -1: none
@@ -166,6 +171,7 @@ class Plan {
   std::mutex mutex_;  // of everything below, and of packing
   std::vector<std::unique_ptr<Workspace>> idle_;
   std::vector<float> density_;  // by value; -1: not known
+  std::atomic<unsigned> calls_{0};
   std::vector<Load> load_;      // by convolution
   bool called_ = false;         // and done, at least once
 };

@@ -299,6 +299,25 @@ static int largest_wide(const Conv& c) {
   return largest;
 }
 
+static int64_t largest_potential(const Conv& c) {
+  const size_t taps = static_cast<size_t>(c.kernel_h) * c.kernel_w * c.group_channels();
+  const auto size = [](int64_t v) { return v < 0 ? -v : v; };
+  int64_t largest = 0;
+  for (int o = 0; o < c.outputs; ++o) {
+    const int8_t* w = c.weight + o * taps;
+    int64_t sum = 0;
+    for (size_t k = 0; k < taps;) {
+      int32_t part = 0;  // of at most 2^16 weights, so that it stays narrow enough for the vectorizer
+      for (const size_t end = taps - k < 65536 ? taps : k + 65536; k < end; ++k) part += w[k] < 0 ? -w[k] : w[k];
+      sum += part;
+    }
+    sum *= c.most_code();
+    const int64_t m = size(c.m[o]), all = sum > INT32_MAX ? int64_t{1} << 62 : (sum * m >> c.shift) + 1 + size(c.b[o]);
+    largest = all > largest ? all : largest;
+  }
+  return largest;
+}
+
 void describe_weights(Conv& c) {
   const size_t count = static_cast<size_t>(c.outputs) * c.kernel_h * c.kernel_w * c.group_channels();
   bool seen[256] = {};
@@ -313,6 +332,7 @@ void describe_weights(Conv& c) {
     if (size & (size - 1)) c.weight_pow2 = false;
     if (size != 1) c.weight_bipolar = false;
   }
+  c.largest = largest_potential(c);
   const int64_t weight = c.most_weight();
   // Sums are 48 times as large before the last shift.
   const bool small = c.hi <= 7 && 9 * weight * c.hi * c.channels < int64_t{1} << 25;
@@ -328,6 +348,7 @@ const char* variant_name(Variant v) {
     case Variant::popcount: return "popcount";
     case Variant::shift: return "shift";
     case Variant::winograd: return "winograd";
+    case Variant::matrix: return "matrix";
   }
   return "";
 }
@@ -343,6 +364,7 @@ bool may_support(Variant v, const Conv& c) {
     case Variant::sliced:
     case Variant::popcount: return counts && c.weight_bipolar && c.hi <= 15;
     case Variant::shift: return c.weight_pow2;
+    case Variant::matrix: return c.groups == 1 && c.kernel_w <= 16 && c.kernel_w * c.channels >= 8;  // else mostly padding in memory
     case Variant::winograd: {
       const bool shape = c.groups == 1 && c.kernel_h == 3 && c.kernel_w == 3 && c.stride_h == 1 && c.stride_w == 1;
       const int64_t weight = c.most_weight();
@@ -359,7 +381,7 @@ constexpr Kernels kernels_scalar = {"scalar",
                                      conv_kernel<Variant::sliced, add_bit_if_event>(),
                                      conv_kernel<Variant::popcount, count_bits>(),
                                      conv_kernel<Variant::shift, shift_by_exponent>(),
-                                     conv_kernel<Variant::winograd, multiply>()},
+                                     conv_kernel<Variant::winograd, multiply>(), conv_kernel<Variant::matrix, multiply>()},
                                     finish,
                                     quantize,
                                     affine,

@@ -29,7 +29,7 @@ double spin(Spin what, size_t rounds) {
     return spin_on<V>(rounds, V::kBytes, [](I32 acc, I32 x) { return V::add8(acc, V::opaque(x)); });
   if (what == Spin::carry)  // a row of bits each
     return spin_on<V>(rounds, 8 * V::kBytes, [](I32 acc, I32 x) { return V::parity(acc, V::majority(acc, x, V::opaque(x)), x); });
-  return V::spin_popcount(rounds);
+  return what == Spin::popcount ? V::spin_popcount(rounds) : 0;
 }
 
 }  // namespace

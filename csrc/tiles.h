@@ -15,6 +15,7 @@
 #pragma once
 #include "depthwise.h"
 #include "depthwise_pairs.h"
+#include "depthwise_quads.h"
 
 namespace bitspike {
 namespace {
@@ -255,6 +256,12 @@ constexpr ConvKernel pairs_kernel() {
 }
 
 template <class V>
+constexpr ConvKernel quads_kernel() {
+  return {nullptr, [](const Conv& c) { return QuadPacking<V>(c, nullptr).bytes; }, quads_pack<V>,
+          [](const Conv& c, int) { return QuadScratch<V>(c, nullptr).bytes; }, conv_quads<V>};
+}
+
+template <class V>
 constexpr ConvKernel depthwise_kernel() {
   return {nullptr, [](const Conv& c) { return DepthwisePacking<V>(c, nullptr).bytes(); }, depthwise_pack<V>,
           [](const Conv& c, int) { return depthwise_scratch_bytes<V>(c); }, conv_depthwise<V>};
@@ -264,6 +271,8 @@ constexpr ConvKernel depthwise_kernel() {
 template <class V>
 ConvKernel dense_way(const Conv& c) {
   if (!c.depthwise()) return tiles_kernel<V>(nullptr);
+  if constexpr (V::kQuads)
+    if (quads_fit<V>(c)) return quads_kernel<V>();
   if constexpr (V::kPairs)
     if (pairs_fit<V>(c)) return pairs_kernel<V>();
   return depthwise_kernel<V>();

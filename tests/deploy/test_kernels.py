@@ -80,7 +80,7 @@ def check(run: Any, x: np.ndarray, residual: Any, out: Any, codes: list[tuple[An
 @given(
     seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(sorted(RANGES)), weights=st.sampled_from(sorted(WEIGHTS)),
     channels=sizes, outputs=sizes, groups=st.sampled_from([1, 1, 1, 2, 0]), height=st.integers(1, 8),
-    width=st.integers(1, 11), kernel=st.sampled_from([(1, 1), (3, 3), (1, 4), (2, 3), (7, 7)]),
+    width=st.integers(1, 11), kernel=st.sampled_from([(1, 1), (3, 3), (1, 4), (2, 3), (5, 5), (4, 7), (7, 7)]),
     stride=st.sampled_from([(1, 1), (2, 2), (1, 3)]), padded=st.booleans(), pad_codes=st.booleans(),
     density=st.sampled_from([0.0, 1.0, 0.15, 0.5, None]), shift=st.sampled_from([0, 1, 12, 20, 32, 40, 62]),
 )
@@ -150,19 +150,20 @@ def supported(weights: list[int], kind: str, isa: str, groups: int = 1) -> set[s
     }
 
 
-@pytest.mark.parametrize("isa", ["scalar", *(s for s in SETS if s in ("avx2", "avx512"))])
+@pytest.mark.parametrize("isa", ["scalar", *(s for s in SETS if s in ("avx2", "avx512", "amx"))])
 def test_what_each_variant_supports(isa):
     def among(names: set[str]) -> set[str]:  # a CPU may lack the bit counts of 512 bits
         return names - {"popcount"} if isa == "avx512" else names
 
+    matrix = {"matrix"} if isa in ("scalar", "amx") else set()
     assert among(supported([-1, 1], "counts", isa)) == among(
-        {"dense", "narrow", "events", "sliced", "popcount", "shift", "winograd"}
+        {"dense", "narrow", "events", "sliced", "popcount", "shift", "winograd", *matrix}
     )
-    assert supported([-8, 7], "counts", isa) == {"dense", "narrow", "events", "winograd"}
-    assert supported([-14, 14], "counts", isa) == {"dense", "events", "winograd"}
-    assert supported([-15, 1], "counts", isa) == {"dense", "events"}
-    assert supported([-8, 4, 0], "signed", isa) == {"dense", "narrow", "shift"}
-    assert supported([-64, 64], "counts", isa) == {"dense", "events", "shift"}
+    assert supported([-8, 7], "counts", isa) == {"dense", "narrow", "events", "winograd", *matrix}
+    assert supported([-14, 14], "counts", isa) == {"dense", "events", "winograd", *matrix}
+    assert supported([-15, 1], "counts", isa) == {"dense", "events", *matrix}
+    assert supported([-8, 4, 0], "signed", isa) == {"dense", "narrow", "shift", *matrix}
+    assert supported([-64, 64], "counts", isa) == {"dense", "events", "shift", *matrix}
     assert supported([-1, 1], "counts", isa, groups=16) == {"dense"}
 
 

@@ -144,6 +144,18 @@ def test_attention(seed, width, side, steps, shift):
     same("attention", q, k, v, heads, int(multipliers(rng, 1)[0]), shift)
 
 
+@pytest.mark.parametrize("largest", [(1, 1, 1), (4, 4, 4), (255, 4, 4), (15, 30, 30)])
+@pytest.mark.parametrize(
+    ("tokens", "width"), [(32, 16), (33, 31), (63, 32), (64, 33), (65, 64), (80, 65), (196, 32), (196, 45)]
+)
+def test_attention_of_whole_tiles(tokens, width, largest):
+    rng = np.random.default_rng(tokens * width)
+    for q, k, v in ([rng.integers(0, most + 1, (1, 2, tokens, 1, 2 * width)).astype(np.uint8) for most in largest],
+                    [np.full((1, 1, tokens, 1, 2 * width), most, np.uint8) for most in largest]):
+        for m, s in ((2**30, 28), (2**30, 40), (700000001, 36), (-(2**30), 10)):
+            same("attention", q, k, v, 2, m, s)
+
+
 @given(seeds, channels, st.tuples(sides, sides), pairs, pairs, st.sampled_from(["u8", "s8", "i32"]))
 @settings(max_examples=60, deadline=None)
 def test_maxpool(seed, count, size, kernel, stride, kind):

@@ -48,7 +48,8 @@ def test_plan_equals_trace(seed: int):
 
 
 def overlapping(layout: plan.Layout) -> list[tuple[str, str]]:
-    """Pairs of values that share bytes while both are needed."""
+    """Pairs of values that share bytes while both are needed, but for a sum in the place of its residual."""
+    sums = {(op.output, name) for stage in layout.stages for op in stage.ops if op.name == "add" for name in op.inputs}
     born: dict[str, int] = {}
     last: dict[str, int] = dict.fromkeys(layout.outputs, len(layout.stages))
     for index, stage in enumerate(layout.stages):
@@ -60,6 +61,8 @@ def overlapping(layout: plan.Layout) -> list[tuple[str, str]]:
     for a, b in itertools.combinations(born, 2):
         pa, pb = layout.places[a], layout.places[b]
         if pa.where != pb.where or (pa.where == "tile" and born[a] != born[b]):
+            continue
+        if pa == pb and ((a, b) in sums or (b, a) in sums):
             continue
         if pa.where == "arena":
             together = born[a] <= last.get(b, born[b]) and born[b] <= last.get(a, born[a])
@@ -157,6 +160,49 @@ def test_a_hostile_number_of_values_is_placed_quickly():
     assert space.top < 2 * 501 * 64
 
 
+def streaming() -> tuple[Net, np.ndarray]:
+    """Two convolutions whose sum is a stream, to which two more convolutions of its neurons add, one after the other."""
+    rng = np.random.default_rng(2)
+    scheme = {"kind": "uniform", "bits": 4}
+    tensors = {name: pack_codes(rng.integers(-8, 8, (40, 3, 3, channels)), scheme)
+               for name, channels in (("wa", 3), ("wb", 3), ("wc", 40), ("we", 40))}
+    tensors |= {"m": rng.integers(90, 99, 40).astype(np.int32), "b": rng.integers(-99, 99, 40).astype(np.int32)}
+    conv = {"op": "conv", "scheme": scheme, "stride": [1, 1], "padding": [1, 1], "groups": 1, "s": 4, "m": "m", "b": "b"}
+    neuron = {"op": "quantize", "m": 1, "s": 10, "lo": 0, "hi": 4, "dtype": "u8"}
+
+    def layer(source: str, name: str, channels: int, most: int) -> dict:
+        return {**conv, "in": [source], "out": name, "weight": f"w{name}", "shape": [40, channels, 3, 3], "range": [0, most]}
+
+    program = [
+        layer("pixels", "a", 3, 255), layer("pixels", "b", 3, 255),
+        {"op": "add", "in": ["a", "b"], "out": "s"}, {**neuron, "in": ["s"], "out": "n"},
+        layer("n", "c", 40, 4), {"op": "add", "in": ["c", "s"], "out": "s2"}, {**neuron, "in": ["s2"], "out": "n2"},
+        layer("n2", "e", 40, 4), {"op": "add", "in": ["s2", "e"], "out": "s3"},
+        {"op": "mean", "in": ["s3"], "out": "logits", "over": "space", "m": 1},
+    ]
+    header = {"name": "stream", "input": {"height": 9, "width": 19, "channels": 3, "resize": None},
+              "classes": [str(i) for i in range(40)], "time_steps": 1, "fraction_bits": 8, "program": program,
+              "output": "logits", "provenance": {}}
+    return Net(parse(encode(header, tensors))), rng.integers(0, 256, (3, 9, 19, 3)).astype(np.uint8)
+
+
+@compiled_sets
+def test_convolutions_that_are_added_are_one_stage_and_sums_take_the_place_of_their_residual():
+    net, images = streaming()
+    layout = plan.lay_out(net.program)
+    assert [[op.output for op in stage.ops] for stage in layout.stages][:2] == [["a", "b", "s", "n"], ["c", "s2", "n2"]]
+    assert layout.places["a"].where == layout.places["b"].where == "tile"
+    assert layout.places["s"] == layout.places["s2"] == layout.places["s3"]
+    assert overlapping(layout) == []
+    wanted = by_trace(net, images)
+    for name in kernels.available()[1:]:
+        kernels.use(name)
+        for threads in (1, 2, 5):
+            for batch in (images, images[:1]):
+                np.testing.assert_array_equal(net(batch, threads=threads), wanted[: len(batch)], err_msg=f"{name}, {threads}")
+    kernels.use(kernels.available()[-1])
+
+
 def spiking(share: float, batch: int = 3, most: int = 1) -> tuple[Net, np.ndarray]:
     """A network whose second convolution reads rare or frequent events: 0 and 1, or counts up to `most`."""
     rng = np.random.default_rng(1)
@@ -188,15 +234,15 @@ def spiking(share: float, batch: int = 3, most: int = 1) -> tuple[Net, np.ndarra
 @compiled_sets
 def test_the_variant_follows_the_density():
     kernels.use(kernels.available()[-1])
-    for share, expected in ((0.01, {"events"}), (0.9, {"dense", "narrow", "winograd"})):
+    for share, expected in ((0.01, {"events"}), (0.9, {"dense", "narrow", "winograd", "matrix"})):
         net, images = spiking(share)
         wanted = by_trace(net, images)
         for _ in range(3):  # the first call does not know the density yet, the others do
             np.testing.assert_array_equal(net(images, threads=2), wanted)
         (row,) = [row for row in net.explain(images) if row.layer == "sparse"]
         assert row.density == pytest.approx((images != 0).mean(), abs=0.02)
-        if "events" in row.able:
-            assert row.variant in expected
+        if "events" in row.able:  # a matrix unit may be faster than any number of events
+            assert row.variant in expected or row.variant == "matrix"
 
 
 @compiled_sets
@@ -215,7 +261,7 @@ def test_counts_are_events_one_by_one_or_bit_by_bit(most: int, share: float):
         for _ in range(2):
             np.testing.assert_array_equal(net(images, threads=2), wanted, err_msg=name)
         (_, sparse, _) = inside.layers()
-        assert sparse["by_bits"] == (name == "avx512" and share > 0.1)
+        assert sparse["by_bits"] == (name in ("avx512", "amx") and share > 0.1)
     kernels.use(kernels.available()[-1])
 
 

@@ -16,7 +16,12 @@ case "$("$compiler" -dumpmachine)" in
       [ "$name" = avx512_compress ] && more=-mavx512vbmi2
       [ "$name" = avx512_sliced ] && more="-mavx512vbmi -mgfni"
       compile "$file" "$name" $target $avx512 $more "$@"
-    done ;;
+    done
+    if [ "$(uname -s)" = Linux ] && "$compiler" -mamx-int8 -x c++ -fsyntax-only /dev/null 2> /dev/null; then
+      target="$target -DBITSPIKE_AMX=1"
+      compile "$root/csrc/amx.cc" amx $target $avx512 -mavx512vbmi -mamx-tile -mamx-int8 "$@"
+      compile "$root/csrc/amx_attention.cc" amx_attention $target $avx512 -mavx512vbmi -mamx-tile -mamx-int8 "$@"
+    fi ;;
   aarch64*) target=-DBITSPIKE_ARM64=1
     compile "$root/csrc/neon.cc" neon $target -O2 "$@"
     compile "$root/csrc/neon_dot.cc" neon_dot $target -O2 -march=armv8.2-a+dotprod "$@" ;;

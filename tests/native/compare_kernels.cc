@@ -169,11 +169,14 @@ bool check_conv(Random& r) {
   Conv c{};
   c.kernel_h = r.pick({1, 1, 2, 3, 3, 5, 7}), c.kernel_w = r.chance(80) ? c.kernel_h : r.pick({1, 2, 3, 4});
   c.stride_h = r.pick({1, 1, 2, 3}), c.stride_w = r.chance(80) ? c.stride_h : r.pick({1, 2});
+  const bool depthwise = r.chance(25);
+  if (depthwise && r.chance(60)) c.kernel_h = static_cast<int>(r.between(1, 9)), c.kernel_w = r.pick({3, 5, 7}), c.stride_h = c.stride_w = 1;
   c.pad_h = static_cast<int>(r.between(0, c.kernel_h)), c.pad_w = static_cast<int>(r.between(0, c.kernel_w));
   const auto side = [&](int kernel, int pad) { return static_cast<int>(r.between(kernel > 2 * pad ? kernel - 2 * pad : 1, 14)); };
-  c.height = side(c.kernel_h, c.pad_h), c.width = r.chance(5) ? 70 : side(c.kernel_w, c.pad_w);
+  c.height = side(c.kernel_h, c.pad_h), c.width = r.chance(5) ? 70 : r.chance(10) ? static_cast<int>(r.between(15, 40)) : side(c.kernel_w, c.pad_w);
   c.channels = r.pick({1, 2, 3, 4, 5, 8, 16, 17, 31, 32, 33, 48, 64, 65, 100});
-  switch (r.between(0, 3)) {
+  if (depthwise && r.chance(40)) c.channels = r.pick({40, 63, 64, 129, 360});
+  switch (depthwise ? 0 : r.between(1, 3)) {
     case 0: c.groups = c.channels, c.outputs = c.channels; break;
     case 1:
       do c.groups = static_cast<int>(r.between(1, c.channels));
@@ -217,7 +220,10 @@ bool check_conv(Random& r) {
   const int row1 = r.chance(30) ? static_cast<int>(r.between(row0 + 1, c.out_height)) : c.out_height;
   const size_t count = static_cast<size_t>(row1 - row0) * c.out_width * c.outputs;
   std::vector<int32_t> residual(count);
-  for (int32_t& v : residual) v = some_int32(r);
+  const bool small = r.chance(50);
+  int64_t furthest = 0;
+  for (int32_t& v : residual) v = small ? static_cast<int32_t>(r.between(-100000, 100000)) : some_int32(r), furthest = std::max(furthest, std::abs(int64_t{v}));
+  const bool fits = c.largest + furthest <= INT32_MAX;
   // What convolutions may do in place of the epilogue; the scalar ones never do.
   const bool only_codes = e.codes[0] && !e.codes[1] && !e.residual && !e.out;
   const DirectCodes direct = only_codes ? DirectCodes(c, e.quantizer[0]) : DirectCodes();
@@ -228,6 +234,7 @@ bool check_conv(Random& r) {
     unpacked.weight = nullptr, unpacked.m = nullptr, unpacked.b = nullptr;
     return write(e, residual, count, [&](Epilogue epilogue) {
       epilogue.direct = direct.get();
+      epilogue.fits = fits;
       kernel.run(unpacked, packed.data(), exact(image), row0, row1, epilogue, scratch.data());
     });
   };
@@ -249,7 +256,7 @@ bool check_conv(Random& r) {
   for (const Kernels* const* set = available_kernels(); *set; ++set)
     for (int v = 0; v < kVariants; ++v) {
       const ConvKernel& kernel = (*set)->conv[v];
-      if (!kernel.supported(c)) continue;
+      if (!kernel.run || !kernel.supported(c)) continue;
       if (!may_support(static_cast<Variant>(v), c) || !(run(kernel) == expected)) {
         printf("DIFFERENT: %s %s: %s rows %d..%d\n", (*set)->name, variant_name(static_cast<Variant>(v)), text(c).c_str(),
                row0, row1);
@@ -445,17 +452,22 @@ bool check_maxpool(Random& r, Kind kind) {
 bool check_attention(Random& r) {
   Attention a{};
   const int heads = static_cast<int>(r.between(1, 3));
-  a.head_channels = static_cast<int>(r.between(1, 40)), a.tokens = static_cast<int>(r.between(1, 40));
+  a.head_channels = r.chance(50) ? static_cast<int>(r.between(1, 40)) : r.pick({1, 8, 16, 31, 32, 33, 45, 64, 65, 100});
+  a.tokens = r.chance(50) ? static_cast<int>(r.between(1, 40)) : r.pick({1, 3, 15, 16, 17, 32, 33, 63, 64, 65, 80, 128, 196, 260});
   a.channels = heads * a.head_channels;
   a.m = some_m(r), a.shift = some_shift(r);
-  const int most = r.pick({1, 4, 8, 15});  // 40 * 15 * 15 * 40 * 15 is far below 2^31
+  if (r.chance(30)) a.m = 1 << r.between(0, 30);
+  int most[3];  // of q, k and v
+  for (int& code : most) code = r.pick({1, 1, 4, 8, 15, 100, 255});
+  while (int64_t{a.tokens} * a.head_channels * most[0] * most[1] * most[2] > INT32_MAX) *std::max_element(most, most + 3) /= 2;
   const size_t count = static_cast<size_t>(a.tokens) * a.channels;
   std::vector<uint8_t> q(count), k(count), v(count);
   const int density = r.pick({0, 5, 50, 100});
+  const bool largest = r.chance(30);
   for (size_t i = 0; i < count; ++i) {
-    q[i] = static_cast<uint8_t>(r.chance(density) ? r.between(0, most) : 0);
-    k[i] = static_cast<uint8_t>(r.chance(density) ? r.between(0, most) : 0);
-    v[i] = static_cast<uint8_t>(r.chance(density) ? most : 0);
+    q[i] = static_cast<uint8_t>(r.chance(density) ? r.between(largest ? most[0] : 0, most[0]) : 0);
+    k[i] = static_cast<uint8_t>(r.chance(density) ? r.between(largest ? most[1] : 0, most[1]) : 0);
+    v[i] = static_cast<uint8_t>(r.chance(density) ? most[2] : 0);
   }
   exact(q), exact(k), exact(v);
   return same<int32_t>("attention", count, [&](const Kernels& set, int32_t* y) {

@@ -18,8 +18,7 @@ _SHAPES = ((28, 28, 64, 96, 3), (16, 16, 256, 192, 1), (14, 14, 256, 192, 3))  #
 def dense_rate(name: str) -> float:
     """MACs per second of one thread at best: the dense kernel of a set on shapes that suit it, all in the caches.
 
-    This is the bound that `explained` measures against. A layer may pass it: what events and popcount skip or pack is
-    counted as if it had been done.
+    A layer may pass it: what events and popcount skip or pack is counted as if it had been done.
     """
     rng, best = np.random.default_rng(0), 0.0
     for height, width, inputs, outputs, size in _SHAPES:
@@ -36,9 +35,16 @@ def dense_rate(name: str) -> float:
     return best
 
 
+def bound_of(name: str) -> tuple[float, str]:
+    """What `explained` measures against, in MACs per second of one thread, and in words: the matrix unit, if there is one."""
+    if name == "amx":
+        return kernels.extension(name).spin_macs(name, "matrix", 0.1), "the matrix unit on registers alone"
+    return dense_rate(name), "the dense kernel at its best"
+
+
 def explained(net: Net, images: NDArray[np.uint8], threads: int = 1) -> list[dict[str, Any]]:
     """Plain rows, one per stage of the compiled plan, in the order of execution."""
-    bound = dense_rate(kernels.active()) * threads
+    bound = bound_of(kernels.active())[0] * threads
     batch = images.shape[0] if net.input_steps == 1 else images.shape[1]
     net(images, threads)  # the choice of the kernels follows the density of calls before
     rows = []
@@ -52,9 +58,9 @@ def explained(net: Net, images: NDArray[np.uint8], threads: int = 1) -> list[dic
 
 def table_of(rows: list[dict[str, Any]], threads: int = 1) -> Table:
     """The rows as a table, with sums."""
-    bound = dense_rate(kernels.active()) * threads / 1e9
+    bound, what = bound_of(kernels.active())
     total = sum(row["ms"] for row in rows)
-    table = Table(title=f"bound: {bound:,.0f} GMAC/s, the dense kernel at its best on {threads} thread{'s' * (threads > 1)}",
+    table = Table(title=f"bound: {bound * threads / 1e9:,.0f} GMAC/s, {what} on {threads} thread{'s' * (threads > 1)}",
                   title_justify="left")
     for heading in ("layer", "what", "choice"):
         table.add_column(heading, no_wrap=True)

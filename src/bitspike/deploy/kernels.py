@@ -2,7 +2,8 @@
 """The sets of kernels on this machine, and which one runs.
 
 `available()` lists them, slowest first: "numpy" (the definition, always there), then what the extension has for this CPU:
-"scalar", "avx2", "avx512". All give the same integers; the last is used unless `use(name)` says otherwise.
+"scalar", "avx2", "avx512", "amx" (AVX-512 and a matrix unit). All give the same integers; the last is used unless
+`use(name)` says otherwise.
 """
 from __future__ import annotations
 

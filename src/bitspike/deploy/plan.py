@@ -13,6 +13,7 @@ from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
+from itertools import pairwise
 
 import numpy as np
 
@@ -164,10 +165,25 @@ def scaled_residuals(ops: Sequence[Op], values: Mapping[str, Value], outputs: Se
     return [op for index, op in enumerate(kept) if index not in dropped]
 
 
-def fuse(ops: Sequence[Op], values: Mapping[str, Value]) -> list[Stage]:
-    """Ops in stages: an elementwise op joins the last stage that makes one of its inputs, if its output has that size."""
+def _summed(ops: Sequence[Op], outputs: Sequence[str]) -> dict[str, str]:
+    """Convolutions that follow one another and that nobody reads but one sum of the two: second output -> first output."""
+    readers, found = _consumers(ops), {}
+    for one, two in pairwise(ops):
+        after = readers.get(one.output, [])
+        alone = len(after) == 1 and after == readers.get(two.output) and not {one.output, two.output} & set(outputs)
+        if alone and one.name == two.name == "conv" and ops[after[0]].name == "add" and one.output not in two.inputs:
+            found[two.output] = one.output
+    return found
+
+
+def fuse(ops: Sequence[Op], values: Mapping[str, Value], outputs: Sequence[str] = ()) -> list[Stage]:
+    """Ops in stages: an elementwise op joins the last stage that makes one of its inputs, if its output has that size.
+
+    So does a convolution whose output is only added to that of the one before: then neither leaves the cache.
+    """
     stages: list[Stage] = []
     made_in: dict[str, int] = {}
+    summed = _summed(ops, outputs)
     for op in ops:
         y = values[op.output]
         last = max((made_in.get(name, -1) for name in op.inputs), default=-1)
@@ -179,6 +195,11 @@ def fuse(ops: Sequence[Op], values: Mapping[str, Value]) -> list[Stage]:
                 stage.ops.append(op)
                 made_in[op.output] = last
                 continue
+        alike = bool(stages) and stages[-1].compiled and stages[-1].flat == Stage([op]).flat
+        if can and alike and stages[-1].ops[-1].output == summed.get(op.output):
+            stages[-1].ops.append(op)
+            made_in[op.output] = len(stages) - 1
+            continue
         made_in[op.output] = len(stages)
         stages.append(Stage([op], can))
     return stages
@@ -223,6 +244,24 @@ def _round(n: int) -> int:
     return (n + ALIGN - 1) // ALIGN * ALIGN
 
 
+def _in_place(
+    stages: Sequence[Stage], values: Mapping[str, Value], last: Mapping[str, int], outside: set[str]
+) -> dict[str, str]:
+    """Sums that take the place of the residual that is added, which nobody else reads then or later: sum -> residual."""
+    found: dict[str, str] = {}
+    for index, stage in enumerate(stages):
+        inside = {op.output for op in stage.ops}
+        for op in stage.ops:
+            residuals = [name for name in op.inputs if name not in inside]
+            if op.name != "add" or op.output not in outside or len(residuals) != 1 or len(set(op.inputs)) != 2:
+                continue
+            (residual,) = residuals
+            same = values[residual].kind == "i32" and values[residual].image_bytes == values[op.output].image_bytes
+            if same and last[residual] == index and sum(residual in other.inputs for other in stage.ops) == 1:
+                found[op.output] = residual
+    return found
+
+
 def arrange(stages: Sequence[Stage], values: Mapping[str, Value], outputs: Sequence[str]) -> tuple[dict[str, Place], int]:
     """A place for every value: scratch for what one stage makes and alone reads, else the arena. Returns its size too."""
     last = dict.fromkeys(outputs, len(stages))
@@ -237,6 +276,10 @@ def arrange(stages: Sequence[Stage], values: Mapping[str, Value], outputs: Seque
             inside.add(op.output)
         if not stage.compiled or stage.ops[0].name == "attention":  # these write whole images
             outside.add(stage.ops[0].output)
+    made_anywhere = {op.output for stage in stages for op in stage.ops}
+    in_place = {y: x for y, x in _in_place(stages, values, last, outside).items() if x in made_anywhere}
+    for y, x in reversed(in_place.items()):  # the last of a chain first: a place is taken for as long as any of them lives
+        last[x] = max(last[x], last.get(y, 0))
     places: dict[str, Place] = {}
     arena = _Space()
     for index, stage in enumerate(stages):
@@ -244,7 +287,9 @@ def arrange(stages: Sequence[Stage], values: Mapping[str, Value], outputs: Seque
         made = sorted((op.output for op in stage.ops), key=lambda name: -values[name].image_bytes)
         for name in made:
             value = values[name]
-            if name in outside:
+            if name in in_place:
+                places[name] = places[in_place[name]]
+            elif name in outside:
                 offset = arena.take(_round(value.image_bytes), index, last.get(name, index))
                 places[name] = Place("arena", offset)
             else:
@@ -256,7 +301,7 @@ def arrange(stages: Sequence[Stage], values: Mapping[str, Value], outputs: Seque
 def lay_out(program: Program) -> Layout:
     """Stages and places of a checked program."""
     ops, values = pool_codes(needed(program.ops, program.outputs), program.values, program.outputs)
-    stages = fuse(scaled_residuals(ops, values, program.outputs), values)
+    stages = fuse(scaled_residuals(ops, values, program.outputs), values, program.outputs)
     places, size = arrange(stages, values, program.outputs)
     return Layout(tuple(stages), values, places, program.outputs, size)
 
@@ -286,6 +331,7 @@ def steps(stage: Stage, layout: Layout) -> list[Step]:
     outside = {op.output for op in ops if layout.places[op.output].where == "arena"}
     readers = _consumers(ops)
     done: set[int] = set()
+    made: set[str] = set()  # by earlier steps
     found: list[Step] = []
 
     def epilogue(step: Step, x: str, start: int) -> None:
@@ -295,7 +341,7 @@ def steps(stage: Stage, layout: Layout) -> list[Step]:
         if step.residual is None and add is not None and x not in outside and add.name in ("add", "add_scaled"):
             other = add.inputs[1] if add.inputs[0] == x else add.inputs[0]
             same_steps = layout.values[add.output].steps == layout.values[x].steps
-            if other != x and other not in inside and same_steps:
+            if other != x and same_steps and (other not in inside or other in made):
                 done.add(after[0])
                 step.residual = other
                 step.scaled = add if add.name == "add_scaled" else None
@@ -326,4 +372,5 @@ def steps(stage: Stage, layout: Layout) -> list[Step]:
             step = Step(None, op.inputs[0], residual=op.inputs[1])
             epilogue(step, op.output, index)
         found.append(step)
+        made.update(step.ops)
     return found

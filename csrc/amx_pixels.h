@@ -1,0 +1,105 @@
+// What becomes of the sums that a matrix unit makes, a pixel at a time: epilogues over 64 or 32 outputs, in vectors (see amx.cc).
+#pragma once
+#include <utility>
+
+#include "amx_slots.h"
+
+namespace bitspike {
+namespace {
+
+// What becomes of 16 * kTiles sums of a pixel, or of those of the outputs that there are. Codes straight from sums, by floats (see Direct):
+template <class Finish, int kTiles>
+struct RoundedPixel {
+  static constexpr int kOutputs = kTiles * kRows;
+  static constexpr bool kCounts = true;
+  __m512 scale[kTiles], bias[kTiles];
+  Bytes bytes;
+  RoundedPixel(const Conv& c, const MatrixPacking&, const Finish& write, int first)
+      : bytes(write.direct.lo, write.direct.hi, c.outputs - first) {
+    for (int n = 0; n < kTiles; ++n)
+      scale[n] = _mm512_loadu_ps(write.direct.scale + first + n * kRows), bias[n] = _mm512_loadu_ps(write.direct.bias + first + n * kRows);
+  }
+  BITSPIKE_INLINE void operator()(const Finish& write, const int32_t* sums, size_t at, int, size_t& nonzero) const {
+    __m512i code[kTiles];
+    for (int n = 0; n < kTiles; ++n)
+      code[n] = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + n * kRows)), scale[n], bias[n]));
+    bytes.put(code, write.codes + at, nonzero);
+  }
+};
+
+// How many of 16 outputs there are from one on.
+inline int lanes_left(int left) { return left < 0 ? 0 : at_most(left, kRows); }
+
+// Codes of potentials, which may be kept, too. The bits of a product from the shift on, of which 32 are wanted, are picked byte by byte, those of
+// odd outputs between those of even ones: one instruction each. They must lie in 64 bits, so shifts may be up to 32.
+constexpr int kMostShift = 32;
+
+template <class Finish, int kTiles>
+struct PotentialsPixel {
+  static constexpr int kOutputs = kTiles * kRows;
+  static constexpr bool kCounts = true;
+  Avx512::Factor m[kTiles];
+  __m512i b[kTiles], half, from;
+  Bytes bytes;
+  int lanes[kTiles];
+  PotentialsPixel(const Conv& c, const MatrixPacking& p, const Finish& write, int first)
+      : PotentialsPixel(c, p, write, first, std::make_integer_sequence<int, kTiles>()) {}
+  BITSPIKE_INLINE void operator()(const Finish& write, const int32_t* sums, size_t at, int first, size_t& nonzero) const {
+    __m512i code[kTiles];
+    for (int n = 0; n < kTiles; ++n) {
+      const __mmask16 there = static_cast<__mmask16>(bytes.there >> n * kRows);
+      const __m512i sum = _mm512_loadu_si512(sums + n * kRows);
+      const __m512i even = _mm512_add_epi64(_mm512_mul_epi32(sum, m[n].even), half);
+      const __m512i odd = _mm512_add_epi64(_mm512_mul_epi32(_mm512_srli_epi64(sum, 32), m[n].odd), half);
+      const __m512i rounded = _mm512_mask_multishift_epi64_epi8(_mm512_multishift_epi64_epi8(from, even), 0xf0f0f0f0f0f0f0f0u, from, odd);
+      __m512i x = Avx512::add(rounded, b[n]);
+      if constexpr (Finish::kSum != Added::nothing) {
+        const __m512i residual = _mm512_maskz_loadu_epi32(there, write.residual + at + n * kRows);
+        x = Finish::kSum == Added::fitting ? Avx512::add(x, residual) : Avx512::add_saturating(x, residual);
+      }
+      if constexpr (Finish::kKept) _mm512_mask_storeu_epi32(write.out + at + n * kRows, there, x);
+      code[n] = write.code(first + n * kRows, lanes[n], x);
+    }
+    bytes.put(code, write.codes + at, nonzero);
+  }
+
+ private:
+  template <int... kN>
+  PotentialsPixel(const Conv& c, const MatrixPacking& p, const Finish& write, int first, std::integer_sequence<int, kN...>)
+      : m{Avx512::multiplier(p.m + first + kN * kRows)...}, b{_mm512_loadu_si512(p.b + first + kN * kRows)...},
+        half(Avx512::Scale(c.shift).half), from(_mm512_set1_epi32(0x18100800 + 0x01010101 * c.shift)),
+        bytes(write.lo(), write.hi(), c.outputs - first), lanes{lanes_left(c.outputs - first - kN * kRows)...} {}
+};
+
+// Any epilogue: kTiles vectors.
+template <class Finish, int kTiles>
+struct Vectors {
+  static constexpr int kOutputs = kTiles * kRows;
+  static constexpr bool kCounts = false;
+  Vectors<Finish, kTiles - 1> before;
+  Requantize<Avx512, Finish> last;
+  Avx512::Scale scale;
+  int lanes;
+  Vectors(const Conv& c, const MatrixPacking& p, const Finish& write, int first)
+      : before(c, p, write, first), last(write, first + kOutputs - kRows, p.m + first + kOutputs - kRows, p.b + first + kOutputs - kRows),
+        scale(c.shift), lanes(lanes_left(c.outputs - first - kOutputs + kRows)) {}
+  BITSPIKE_INLINE void operator()(const Finish& write, const int32_t* sums, size_t at, int first, size_t& nonzero) const {
+    constexpr int kFrom = kOutputs - kRows;
+    before(write, sums, at, first, nonzero);
+    if (lanes == kRows) write(at + kFrom, first + kFrom, kRows, last(Avx512::load(sums + kFrom), scale));
+    else if (lanes) write(at + kFrom, first + kFrom, lanes, last(Avx512::load(sums + kFrom), scale));
+  }
+};
+template <class Finish>
+struct Vectors<Finish, 0> {
+  Vectors(const Conv&, const MatrixPacking&, const Finish&, int) {}
+  BITSPIKE_INLINE void operator()(const Finish&, const int32_t*, size_t, int, size_t&) const {}
+};
+
+// How a pixel is finished. kFew: shifts up to kMostShift.
+template <class Finish, int kTiles, bool kFew>
+using PixelOf = std::conditional_t<Finish::kMade == Made::rounded, RoundedPixel<Finish, kTiles>,
+                                   std::conditional_t<Finish::kUsualCodes && kFew, PotentialsPixel<Finish, kTiles>, Vectors<Finish, kTiles>>>;
+
+}  // namespace
+}  // namespace bitspike
