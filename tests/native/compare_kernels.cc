@@ -2,11 +2,15 @@
 //
 //   compare_kernels SECONDS [SEED]
 //
-// Stands alone (no Python), so that it can be cross-compiled and run in an emulator, or built with sanitizers. Every buffer is
-// a heap block of exactly the size it needs: AddressSanitizer sees what is read or written past it.
+// Stands alone (no Python), so that it can be cross-compiled and run in an emulator, or built with sanitizers. Under AddressSanitizer every
+// buffer is a heap block of exactly the size it needs; elsewhere packed weights, scratch and pictures end at a page that nobody may touch,
+// which stops instructions too that a sanitizer does not see, as loads of tiles.
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -42,22 +46,44 @@ class Random {
   uint64_t state_;
 };
 
-// A heap block of exactly `size` bytes, aligned as kernels.h says.
+// `size` bytes, aligned as kernels.h says. What lies behind them, rounded up to the alignment, may not be touched.
 class Block {
  public:
-  explicit Block(size_t size, size_t alignment = 64) : size_(size) {
-    if (posix_memalign(&data_, alignment, size ? size : 1)) abort();
+  explicit Block(size_t size, size_t alignment = 64) {
+    const size_t rounded = (std::max<size_t>(size, 1) + alignment - 1) / alignment * alignment;
+#ifdef __SANITIZE_ADDRESS__
+    all_ = 0;
+    if (posix_memalign(&data_, std::max(alignment, sizeof(void*)), std::max<size_t>(size, 1))) abort();
+    base_ = static_cast<char*>(data_);
+#else
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    all_ = (rounded + page - 1) / page * page + page;
+    base_ = static_cast<char*>(mmap(nullptr, all_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED || mprotect(base_ + all_ - page, page, PROT_NONE)) abort();
+    data_ = base_ + all_ - page - rounded;
+#endif
     memset(data_, 0xab, size);
   }
-  ~Block() { free(data_); }
+  ~Block() {
+    if (all_) munmap(base_, all_);
+    else free(data_);
+  }
   Block(const Block&) = delete;
   void* data() { return data_; }
-  size_t size() const { return size_; }
 
  private:
+  char* base_;
+  size_t all_;
   void* data_;
-  size_t size_;
 };
+
+// What is being computed, for whoever touches a page that it must not.
+char g_now[600] = "";
+void on_fault(int) {
+  printf("OUT OF BOUNDS: %s\n", g_now);
+  fflush(stdout);
+  _exit(1);
+}
 
 template <class T>
 T* exact(std::vector<T>& v) {
@@ -175,6 +201,10 @@ bool check_conv(Random& r) {
   const auto side = [&](int kernel, int pad) { return static_cast<int>(r.between(kernel > 2 * pad ? kernel - 2 * pad : 1, 14)); };
   c.height = side(c.kernel_h, c.pad_h), c.width = r.chance(5) ? 70 : r.chance(10) ? static_cast<int>(r.between(15, 40)) : side(c.kernel_w, c.pad_w);
   c.channels = r.pick({1, 2, 3, 4, 5, 8, 16, 17, 31, 32, 33, 48, 64, 65, 100});
+  if (!depthwise && r.chance(10)) {  // as wide as layers of transformers
+    c.channels = r.pick({128, 256, 360, 512, 1440});
+    c.kernel_h = std::min(c.kernel_h, 3), c.kernel_w = std::min(c.kernel_w, 3);
+  }
   if (depthwise && r.chance(40)) c.channels = r.pick({40, 63, 64, 129, 360});
   switch (depthwise ? 0 : r.between(1, 3)) {
     case 0: c.groups = c.channels, c.outputs = c.channels; break;
@@ -215,6 +245,10 @@ bool check_conv(Random& r) {
   c.weight = exact(weight), c.pad_value = exact(pad), c.m = m.data(), c.b = b.data();
   describe_weights(c);
 
+  // Its end is that of the memory there is, or its beginning is aligned.
+  Block picture(image.size(), image.size() % 64 == 0 || r.chance(50) ? 64 : 1);
+  memcpy(picture.data(), image.data(), image.size());
+
   const Epilogues e = some_epilogue(r, c.outputs);
   const int row0 = r.chance(30) ? static_cast<int>(r.between(0, c.out_height - 1)) : 0;
   const int row1 = r.chance(30) ? static_cast<int>(r.between(row0 + 1, c.out_height)) : c.out_height;
@@ -235,7 +269,7 @@ bool check_conv(Random& r) {
     return write(e, residual, count, [&](Epilogue epilogue) {
       epilogue.direct = direct.get();
       epilogue.fits = fits;
-      kernel.run(unpacked, packed.data(), exact(image), row0, row1, epilogue, scratch.data());
+      kernel.run(unpacked, packed.data(), picture.data(), row0, row1, epilogue, scratch.data());
     });
   };
   const Written expected = run(kernels_scalar.conv[0]);
@@ -251,12 +285,13 @@ bool check_conv(Random& r) {
     kernels_scalar.conv[0].pack(plain, packed.data());
     Epilogue epilogue{};
     epilogue.out = exact(sums);
-    kernels_scalar.conv[0].run(plain, packed.data(), exact(image), row0, row1, epilogue, scratch.data());
+    kernels_scalar.conv[0].run(plain, packed.data(), picture.data(), row0, row1, epilogue, scratch.data());
   }
   for (const Kernels* const* set = available_kernels(); *set; ++set)
     for (int v = 0; v < kVariants; ++v) {
       const ConvKernel& kernel = (*set)->conv[v];
       if (!kernel.run || !kernel.supported(c)) continue;
+      snprintf(g_now, sizeof g_now, "%s %s: %s rows %d..%d", (*set)->name, variant_name(static_cast<Variant>(v)), text(c).c_str(), row0, row1);
       if (!may_support(static_cast<Variant>(v), c) || !(run(kernel) == expected)) {
         printf("DIFFERENT: %s %s: %s rows %d..%d\n", (*set)->name, variant_name(static_cast<Variant>(v)), text(c).c_str(),
                row0, row1);
@@ -268,7 +303,7 @@ bool check_conv(Random& r) {
       std::vector<int16_t> found(count, 0x5a5a);
       Epilogue epilogue{};
       epilogue.sums = exact(found);
-      kernel.run(c, packed.data(), exact(image), row0, row1, epilogue, scratch.data());
+      kernel.run(c, packed.data(), picture.data(), row0, row1, epilogue, scratch.data());
       if (!std::equal(found.begin(), found.end(), sums.begin())) {
         printf("DIFFERENT SUMS: %s %s: %s rows %d..%d\n", (*set)->name, variant_name(static_cast<Variant>(v)), text(c).c_str(),
                row0, row1);
@@ -507,6 +542,7 @@ bool check_maps(Random& r) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  signal(SIGSEGV, on_fault), signal(SIGBUS, on_fault);
   if (argc < 2) return fprintf(stderr, "usage: %s SECONDS [SEED]\n", argv[0]), 2;
   const double seconds = atof(argv[1]);
   const uint64_t seed = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1;
