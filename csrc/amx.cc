@@ -64,37 +64,35 @@ struct Idle {
   void operator()() const {}
 };
 
-// The sums of one or two tiles of windows and of outputs, `next` bytes from row to row: a load serves two products.
-template <bool kSigned, Way kWay, int kCodes, int kWeights, class Meanwhile>
+// The sums of one or two tiles of windows and two of outputs, `next` bytes from row to row: a load serves two products.
+template <bool kSigned, Way kWay, int kCodes, class Meanwhile>
 BITSPIKE_INLINE void products_square(const Walk& o, const uint8_t* x0, const uint8_t* x1, const int8_t* w0, int32_t* sums, size_t next,
                                      Meanwhile meanwhile) {
   const int8_t* w1 = w0 + o.panel;
   const size_t slot = o.slot, step = o.step, row = o.row - o.steps * step, steps = o.steps;
   int32_t *const low = sums + kRows * next / sizeof(int32_t);
   _tile_zero(0);
-  if (kWeights > 1) _tile_zero(1);
+  _tile_zero(1);
   if (kCodes > 1) _tile_zero(2);
-  if (kCodes > 1 && kWeights > 1) _tile_zero(3);
+  if (kCodes > 1) _tile_zero(3);
   for (int ky = o.rows; ky > 0; --ky, x0 += row, x1 += row)
     for (size_t k = steps; k > 0; --k, x0 += step, x1 += step, w0 += kTile, w1 += kTile) {
       BITSPIKE_FROM(kWay == Way::weights_once, 6, w0, 64)
       BITSPIKE_FROM(kWay == Way::codes_once, 4, x0, slot)
       BITSPIKE_PRODUCTS(0, 4, 6)
-      if (kWeights > 1) {
-        BITSPIKE_FROM(kWay == Way::weights_once, 7, w1, 64)
-        BITSPIKE_PRODUCTS(1, 4, 7)
-      }
+      BITSPIKE_FROM(kWay == Way::weights_once, 7, w1, 64)
+      BITSPIKE_PRODUCTS(1, 4, 7)
       if (kCodes > 1) {
         BITSPIKE_FROM(kWay == Way::codes_once, 5, x1, slot)
         BITSPIKE_PRODUCTS(2, 5, 6)
-        if (kWeights > 1) { BITSPIKE_PRODUCTS(3, 5, 7) }
+        BITSPIKE_PRODUCTS(3, 5, 7)
       }
       meanwhile();
     }
   _tile_stored(0, sums, next);
-  if (kWeights > 1) _tile_stored(1, sums + kRows, next);
+  _tile_stored(1, sums + kRows, next);
   if (kCodes > 1) _tile_stored(2, low, next);
-  if (kCodes > 1 && kWeights > 1) _tile_stored(3, low + kRows, next);
+  if (kCodes > 1) _tile_stored(3, low + kRows, next);
 }
 
 // Of four tiles of windows and one of outputs. more: to sums that are there. Codes begin `from` bytes behind those given.
@@ -164,7 +162,7 @@ BITSPIKE_NOINLINE void whole_block(const Walk& all, int rows, int outputs, size_
     }
   } else {
     for (int n = 0; n < passes; ++n)
-      products_square<kSigned, kWay, 2, 2>(all, codes[0], codes[1], weights + 2 * n * all.panel, sums + 2 * n * kRows, next, meanwhile);
+      products_square<kSigned, kWay, 2>(all, codes[0], codes[1], weights + 2 * n * all.panel, sums + 2 * n * kRows, next, meanwhile);
   }
   memory_barrier();
   left.row = row, left.nonzero = nonzero, left.ahead = ahead;
@@ -178,8 +176,8 @@ BITSPIKE_NOINLINE void part_of_block(const Walk& o, Codes codes, const int8_t* w
   for (int i = 0; i < windows; i += 2, sums += 2 * kRows * next / sizeof(int32_t))
     for (int n = 0; n < outputs; n += 2) {
       const int8_t* const w = weights + n * o.panel;
-      if (i + 1 < windows) products_square<kSigned, Way::near, 2, 2>(o, codes[i], codes[i + 1], w, sums + n * kRows, next, Idle());
-      else products_square<kSigned, Way::near, 1, 2>(o, codes[i], codes[i], w, sums + n * kRows, next, Idle());
+      if (i + 1 < windows) products_square<kSigned, Way::near, 2>(o, codes[i], codes[i + 1], w, sums + n * kRows, next, Idle());
+      else products_square<kSigned, Way::near, 1>(o, codes[i], codes[i], w, sums + n * kRows, next, Idle());
     }
   memory_barrier();
 }

@@ -66,7 +66,9 @@ double cost_ns(const Kernels& k, const Conv& conv, Variant v, Load codes, size_t
   const auto whole = [](double n, int unit) { return (int64_t(n) + unit - 1) / unit * double(unit); };
   const double unpacked = c.kernel_h * whole(double(c.kernel_w) * c.channels, 64) * whole(c.outputs, 32);
   const double matrices = whole(double(c.out_height) * c.out_width, 16) * unpacked;
-  const double products = v == Variant::winograd ? tiles * c.outputs * c.channels : v == Variant::matrix ? matrices : outputs * taps, read = v == Variant::matrix ? unpacked * double(calls) : double(c.out_height) * c.out_width * taps * c.groups;
+  const bool matrix = v == Variant::matrix;
+  const double products = v == Variant::winograd ? tiles * c.outputs * c.channels : matrix ? matrices : outputs * taps;
+  const double read = matrix ? unpacked * double(calls) : double(c.out_height) * c.out_width * taps * c.groups;
   const int planes = v == Variant::popcount ? c.bit_planes() : 1;
   const bool own = std::strcmp(all.name, k.name) == 0;  // of another set only the ratios are borrowed
   const bool sliced = v == Variant::sliced;

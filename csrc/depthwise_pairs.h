@@ -4,7 +4,7 @@
 // Bound: kernel_h * kernel_w * largest weight * largest code <= 32767 (both as magnitudes; s8 codes count as 255, since they are
 // code + 128 here), so that no sum of products can leave 16 bits, in whatever order.
 #pragma once
-#include "finish.h"
+#include "padded_row.h"
 
 namespace bitspike {
 namespace {
@@ -103,17 +103,7 @@ void pairs_row(const Conv& c, const uint8_t* image, int y, int left, size_t widt
     V::store_bytes(before, v);
     before += V::kBytes, low += V::kBytes, high += V::kBytes;
   };
-  const int end = left + static_cast<int>(width), last = y < 0 || y >= c.height ? left : at_most(c.width, end);
-  int x = left;
-  for (; x < 0 && x < end; ++x) put(pad);
-  const typename V::I32 flip = V::splat(c.kind == Kind::s8 ? static_cast<int32_t>(0x80808080u) : 0);
-  const uint8_t* from = image + (static_cast<ptrdiff_t>(y) * c.width + x) * c.channels + channel;
-  const auto inside = [&](int some) {
-    for (; x < last; ++x, from += c.channels) put(V::xor_(V::load_codes(from, some), flip));
-  };
-  if (lanes == V::kBytes) inside(V::kBytes);  // a number that the compiler knows
-  else inside(lanes);
-  for (; x < end; ++x) put(pad);
+  padded_row<V>(c, image, y, left, width, channel, lanes, pad, put);
 }
 
 // Sums of `count` outputs of a row, [count][kBytes], channels in their order.
@@ -148,9 +138,7 @@ void pairs_rows(const Conv& c, const PairPacking<V>& p, const uint8_t* image, in
   for (size_t block = 0; block < p.blocks; ++block) {
     const int channel = static_cast<int>(block) * V::kBytes, lanes = at_most(c.channels - channel, V::kBytes);
     const int8_t* weight = p.weight + block * p.vectors * V::kBytes;
-    uint8_t pad_codes[V::kBytes] = {};
-    for (int i = 0; i < lanes; ++i) pad_codes[i] = static_cast<uint8_t>(c.pad_value[channel + i] + (c.kind == Kind::s8 ? 128 : 0));
-    const typename V::I32 pad = V::load_bytes(reinterpret_cast<const int8_t*>(pad_codes));
+    const typename V::I32 pad = pad_of<V>(c, channel, lanes);
     for (int left = 0; left < c.out_width; left += s.outputs) {
       const int width = at_most(c.out_width - left, s.outputs);
       int listed = row0 - c.pad_h;

@@ -4,7 +4,7 @@
 //
 // Sums are of 32 bits from the first product on, so that any weights will do.
 #pragma once
-#include "finish.h"
+#include "padded_row.h"
 
 namespace bitspike {
 namespace {
@@ -98,17 +98,7 @@ void quad_line(const Conv& c, const uint8_t* image, int y, int left, size_t coun
     V::store_bytes(to, v);
     to += V::kBytes;
   };
-  const int end = left + static_cast<int>(count), last = y < 0 || y >= c.height ? left : at_most(c.width, end);
-  int x = left;
-  for (; x < 0 && x < end; ++x) put(pad);
-  const typename V::I32 flip = V::splat(c.kind == Kind::s8 ? static_cast<int32_t>(0x80808080u) : 0);
-  const uint8_t* from = image + (static_cast<ptrdiff_t>(y) * c.width + x) * c.channels + channel;
-  const auto inside = [&](int some) {
-    for (; x < last; ++x, from += c.channels) put(V::xor_(V::load_codes(from, some), flip));
-  };
-  if (lanes == V::kBytes) inside(V::kBytes);  // a number that the compiler knows
-  else inside(lanes);
-  for (; x < end; ++x) put(pad);
+  padded_row<V>(c, image, y, left, count, channel, lanes, pad, put);
 }
 
 // `count` quads one row on, of kVectors * kLanes channels.
@@ -298,9 +288,7 @@ void quads_rows(const Conv& c, const QuadPacking<V>& p, const uint8_t* image, in
     const auto on = vectors == 4 ? quads_on<V, 4> : vectors == 3 ? quads_on<V, 3> : vectors == 2 ? quads_on<V, 2> : quads_on<V, 1>;
     const int8_t* weight = p.weight + channel * kQuad * p.vectors;
     const int32_t* start = p.start + channel;
-    uint8_t pad_codes[V::kBytes] = {};
-    for (int i = 0; i < lanes; ++i) pad_codes[i] = static_cast<uint8_t>(c.pad_value[channel + i] + (c.kind == Kind::s8 ? V::kSignedOffset : 0));
-    const typename V::I32 pad = V::load_bytes(reinterpret_cast<const int8_t*>(pad_codes));
+    const typename V::I32 pad = pad_of<V>(c, channel, lanes);
     for (int left = 0; left < c.out_width; left += s.outputs) {
       const int width = at_most(c.out_width - left, s.outputs);
       const size_t columns = s.columns(c, width);

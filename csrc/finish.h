@@ -220,8 +220,6 @@ struct FinishLines {
   static constexpr Made kMade = Made::potentials;
   const Direct direct;
   uint8_t* codes;
-  const int32_t* residual = nullptr;
-  int32_t* out = nullptr;
 
   int lo() const { return direct.lo; }
   int hi() const { return direct.hi; }

@@ -143,10 +143,15 @@ int64_t Plan::largest_residual(const Finish& f) const {
   return (f.scaled.hi * std::abs(int64_t{f.scaled.m}) >> f.scaled.shift) + 1 + std::abs(int64_t{f.scaled.b});
 }
 
-Epilogue Plan::epilogue(const Finish& f, const Group& g, const Tile& tile, size_t capacity, Scratch& s, int step, int64_t largest,
-                        bool summed) const {
+void Plan::bound(Finish& f, int64_t largest) {
+  const int64_t all = largest + largest_residual(f);
+  f.fits = all <= INT32_MAX;
+  if (f.out >= 0) largest_[f.out] = std::min(all, int64_t{1} << 31);
+}
+
+Epilogue Plan::epilogue(const Finish& f, const Group& g, const Tile& tile, size_t capacity, Scratch& s, int step, bool summed) const {
   Epilogue e{};
-  e.fits = largest + largest_residual(f) <= INT32_MAX;
+  e.fits = f.fits;
   if (f.residual >= 0) {
     const Value& r = values_[f.residual];
     const char* from = place(r, g, tile, capacity, s, step);
@@ -178,7 +183,7 @@ void Plan::look_ahead(Conv& c, size_t layer, const std::vector<Variant>& variant
     }
 }
 
-void Plan::conv(int x, const Conv& given, const Finish& f) {
+void Plan::conv(int x, const Conv& given, Finish f) {
   for (const Codes& c : f.codes) counted_[c.value] = stages() - 1;
   layers_.push_back(std::make_unique<Layered>());
   Layered& layer = *layers_.back();
@@ -192,7 +197,7 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
   c.height = values_[x].height, c.width = values_[x].width;
   c.out_height = stage.height, c.out_width = stage.width;
   describe_weights(c);
-  if (f.out >= 0) largest_[f.out] = std::min(c.largest + largest_residual(f), int64_t{1} << 31);
+  bound(f, c.largest);
   int count = 0;
   for (int v = 0; v < kVariants; ++v) count += layer.able[v] = bitspike::able(kernels_, c, static_cast<Variant>(v));
   layer.choice = count > 1;
@@ -219,7 +224,7 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
       const size_t all = values_[x].positions() * unit;  // with padding, the last rows may read none of it
       if (g.sampled && layer.choice && skipped < all) look(from + skipped, std::min(read, all - skipped), c.hi > 1, s.sample[index]);
       const bool summed = layer.sums.get();
-      Epilogue e = epilogue(f, g, tile, capacity, s, t, layer.conv.largest, summed);
+      Epilogue e = epilogue(f, g, tile, capacity, s, t, summed);
       e.direct = layer.direct_ready.load(std::memory_order_acquire);
       if (summed) e.sums = reinterpret_cast<int16_t*>(e.out);
       k.run(c, packed, from, row0, row1, e, scratch);
@@ -228,17 +233,16 @@ void Plan::conv(int x, const Conv& given, const Finish& f) {
   add(run, {x, f.residual, f.out, f.codes.size() > 0 ? f.codes[0].value : -1, f.codes.size() > 1 ? f.codes[1].value : -1});
 }
 
-void Plan::finish(int x, const Finish& f) {
+void Plan::finish(int x, Finish f) {
   for (const Codes& c : f.codes) counted_[c.value] = stages() - 1;
   int steps = values_[x].steps;
   if (f.residual >= 0) steps = std::max(steps, values_[f.residual].steps);
   const size_t channels = values_[x].channels;
-  const int64_t largest = largest_[x];
-  if (f.out >= 0) largest_[f.out] = std::min(largest + largest_residual(f), int64_t{1} << 31);
-  const auto run = [this, x, f, steps, channels, largest](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
+  bound(f, largest_[x]);
+  const auto run = [this, x, f, steps, channels](const Group& g, const Tile& tile, size_t capacity, Scratch& s) {
     for (int t = 0; t < steps; ++t)
       kernels_.finish(reinterpret_cast<int32_t*>(place(values_[x], g, tile, capacity, s, t)), tile.count, channels,
-                      epilogue(f, g, tile, capacity, s, t, largest));
+                      epilogue(f, g, tile, capacity, s, t));
   };
   add(run, {x, f.residual, f.out, f.codes.size() > 0 ? f.codes[0].value : -1, f.codes.size() > 1 ? f.codes[1].value : -1});
 }

@@ -75,6 +75,7 @@ struct Finish {
   int residual = -1, out = -1;
   Scaled scaled{};  // of a residual of codes
   std::vector<Codes> codes;
+  bool fits = false;  // x + residual cannot leave 32 bits; the plan finds out
 };
 
 class Plan {
@@ -88,8 +89,8 @@ class Plan {
   // flat. Returns its number.
   int stage(int height, int width, int parts);
   // The pointers of `conv` must stay valid as long as the plan; geometry is filled in here.
-  void conv(int x, const Conv& conv, const Finish&);
-  void finish(int x, const Finish&);
+  void conv(int x, const Conv& conv, Finish);
+  void finish(int x, Finish);
   void affine(int x, std::vector<int32_t> m, std::vector<int32_t> b, int shift, int y);
   void lookup(int x, const int8_t* table, int y);
   void lif(int x, const Lif&, int y);
@@ -143,9 +144,10 @@ class Plan {
   size_t stride(const Value&, const Group&, const Tile&, size_t capacity, Scratch&) const;
   void add(Step, std::initializer_list<int> operands);
   int64_t largest_residual(const Finish&) const;
+  void bound(Finish&, int64_t largest);  // of the potentials x
   void look_ahead(Conv&, size_t layer, const std::vector<Variant>&) const;
-  // summed: sums are written instead, and no residual is read. largest: of what the residual is added to.
-  Epilogue epilogue(const Finish&, const Group&, const Tile&, size_t capacity, Scratch&, int step, int64_t largest, bool summed = false) const;
+  // summed: sums are written instead, and no residual is read.
+  Epilogue epilogue(const Finish&, const Group&, const Tile&, size_t capacity, Scratch&, int step, bool summed = false) const;
   void run_tile(const Stage&, const Group&, size_t index, size_t tiles, size_t units, Scratch&) const;
   size_t tiles(const Stage&, size_t images, int threads) const;
   void run_group(const Group&, int first, int last, int threads, Workspace&, double* seconds) const;
