@@ -24,19 +24,32 @@ size_t matrix_scratch_bytes(const Conv& c, int rows) {
 // What is left to do of the sums of a block, while the products of the next one are made: vectors and tiles have units of their own.
 template <class Pixel>
 struct Left {
-  const Block::Row *row, *end;
-  const int32_t* sums;
-  const Pixel* pixel;
-  int first;
-  size_t nonzero;
+  const size_t row, outputs;      // from pixel to pixel: sums, outputs
   const char *ahead, *ahead_end;  // what other convolutions will read
   int lines;                      // of it to fetch at every step
+  const Pixel* pixel;
+  int first = 0;           // output
+  int pixels = 0, run = 0;  // all, and of the run at hand
+  const int32_t *block = nullptr, *sums = nullptr;
+  size_t output = 0;
+  const Block::Run *next = nullptr, *end = nullptr;
+  size_t nonzero = 0;
+
+  void begin(const Block& b, const int32_t* its_sums, const Pixel* its_pixel, int its_first) {
+    block = its_sums, pixel = its_pixel, first = its_first, pixels = b.pixels, next = b.run, end = b.run + b.runs;
+    go_on();
+  }
+  void go_on() {  // with the next run
+    run = 0;
+    if (next < end) sums = block + next->sums, output = next->output + first, run = next->pixels, ++next;
+  }
 };
 
 template <class Pixel, class Finish>
-BITSPIKE_NOINLINE void all_rows(const Finish& write, Left<Pixel>& left) {
-  for (; left.row < left.end; ++left.row)
-    (*left.pixel)(write, left.sums + left.row->sums, left.row->output + left.first, left.first, left.nonzero);
+BITSPIKE_NOINLINE void all_pixels(const Finish& write, Left<Pixel>& left) {
+  for (; left.run; left.go_on())
+    for (; left.run; --left.run, left.sums += left.row, left.output += left.outputs)
+      (*left.pixel)(write, left.sums, left.output, left.first, left.nonzero);
 }
 
 // How the functions below go through a window and a panel: some of its rows, and of the steps through each.
@@ -140,17 +153,20 @@ template <bool kSigned, Way kWay, class Pixel, class Finish>
 BITSPIKE_NOINLINE void whole_block(const Walk& all, int rows, int outputs, size_t next, Codes codes, const int8_t* weights, int32_t* sums,
                                    const Finish& write, Left<Pixel>& left) {
   const Pixel pixel = *left.pixel;
-  const Block::Row *row = left.row, *const end = left.end;
-  const int32_t* const from = left.sums;
+  const Finish finish = write;  // copies, for the compiler to know that nothing that is stored changes them
+  const int32_t* from = left.sums;
+  const size_t row = left.row, apart = left.outputs;
+  size_t output = left.output, nonzero = left.nonzero;
   const int first = left.first, passes = kWay == Way::column ? outputs : outputs / 2;
-  const size_t each = (end - row) / (passes * all.rows * all.steps) + 1;
-  size_t nonzero = left.nonzero;
+  const int steps = passes * all.rows * static_cast<int>(all.steps), each = (left.pixels + steps - 1) / steps, lines = left.lines;
+  int run = left.run;
   const char* ahead = left.ahead;
-  const int lines = left.lines;
   const auto meanwhile = [&] {
     for (int i = 0; i < lines; ++i, ahead += 64) Avx512::prefetch(ahead);
-    for (const Block::Row* const stop = static_cast<size_t>(end - row) < each ? end : row + each; row < stop; ++row)
-      pixel(write, from + row->sums, row->output + first, first, nonzero);
+    const int some = each < run ? each : run;
+    run -= some;
+    for (int i = 0; i < some; ++i, from += row, output += apart) pixel(finish, from, output, first, nonzero);
+    if (!run) left.go_on(), from = left.sums, output = left.output, run = left.run;
   };
   memory_barrier();
   if (kWay == Way::column) {
@@ -165,7 +181,7 @@ BITSPIKE_NOINLINE void whole_block(const Walk& all, int rows, int outputs, size_
       products_square<kSigned, kWay, 2>(all, codes[0], codes[1], weights + 2 * n * all.panel, sums + 2 * n * kRows, next, meanwhile);
   }
   memory_barrier();
-  left.row = row, left.nonzero = nonzero, left.ahead = ahead;
+  left.sums = from, left.output = output, left.run = run, left.nonzero = nonzero, left.ahead = ahead;
   if (ahead >= left.ahead_end) left.lines = 0;
 }
 
@@ -190,7 +206,7 @@ size_t matrix_blocks(const Conv& c, const MatrixPacking& p, const Cut& cut, cons
                      const Finish& write, int32_t* sums, int8_t* panels) {
   Pixel pixels[2] = {Pixel(c, p, write, 0), Pixel(c, p, write, 0)};  // of this group of outputs and of the one before
   const size_t lines = (c.ahead_end - c.ahead) / 64, steps = blocks.count() * (c.outputs + kRows - 1) / kRows * p.panel() / (cut.way == Way::column ? 1 : 2) + 1;
-  Left<Pixel> left{nullptr, nullptr, sums, &pixels[1], 0, 0, c.ahead, c.ahead_end, static_cast<int>((lines + steps - 1) / steps)};
+  Left<Pixel> left{cut.row(), static_cast<size_t>(c.outputs), c.ahead, c.ahead_end, static_cast<int>((lines + steps - 1) / steps), &pixels[1]};
   const size_t next = cut.row() * sizeof(int32_t);
   const auto four = whole_block<kSigned, Way::column, Pixel, Finish>;
   const auto two = cut.way == Way::codes_once     ? whole_block<kSigned, Way::codes_once, Pixel, Finish>
@@ -213,11 +229,11 @@ size_t matrix_blocks(const Conv& c, const MatrixPacking& p, const Cut& cut, cons
       if (b->tiles == kMostTiles) four(walk, cut.rows, outputs, next, windows, weights, to, write, left);
       else if (b->tiles == 2) two(walk, cut.rows, outputs, next, windows, weights, to, write, left);
       else part_of_block<kSigned>(walk, windows, weights, b->tiles, outputs, next, to);
-      all_rows(write, left);
-      left.row = b->rows, left.end = b->rows + b->pixels, left.sums = to, left.pixel = pixel, left.first = first;
+      all_pixels(write, left);
+      left.begin(*b, to, pixel, first);
     }
   }
-  all_rows(write, left);
+  all_pixels(write, left);
   return Pixel::kCounts ? left.nonzero : kUncounted;
 }
 

@@ -39,7 +39,8 @@ struct PotentialsPixel {
   static constexpr int kOutputs = kTiles * kRows;
   static constexpr bool kCounts = true;
   Avx512::Factor m[kTiles];
-  __m512i b[kTiles], half, from;
+  Avx512::Factor b[kTiles];  // plus what rounds, where products have them
+  __m512i from;
   Bytes bytes;
   int lanes[kTiles];
   PotentialsPixel(const Conv& c, const MatrixPacking& p, const Finish& write, int first)
@@ -48,11 +49,11 @@ struct PotentialsPixel {
     __m512i code[kTiles];
     for (int n = 0; n < kTiles; ++n) {
       const __mmask16 there = static_cast<__mmask16>(bytes.there >> n * kRows);
-      const __m512i sum = _mm512_loadu_si512(sums + n * kRows);
-      const __m512i even = _mm512_add_epi64(_mm512_mul_epi32(sum, m[n].even), half);
-      const __m512i odd = _mm512_add_epi64(_mm512_mul_epi32(_mm512_srli_epi64(sum, 32), m[n].odd), half);
-      const __m512i rounded = _mm512_mask_multishift_epi64_epi8(_mm512_multishift_epi64_epi8(from, even), 0xf0f0f0f0f0f0f0f0u, from, odd);
-      __m512i x = Avx512::add(rounded, b[n]);
+      const __m512i even = _mm512_add_epi64(_mm512_mul_epi32(_mm512_loadu_si512(sums + n * kRows), m[n].even), b[n].even);
+      // Odd ones by a unit that does not multiply, and that tiles leave alone.
+      const __m512i odds = _mm512_castps_si512(_mm512_movehdup_ps(_mm512_loadu_ps(sums + n * kRows)));
+      const __m512i odd = _mm512_add_epi64(_mm512_mul_epi32(odds, m[n].odd), b[n].odd);
+      __m512i x = _mm512_mask_multishift_epi64_epi8(_mm512_multishift_epi64_epi8(from, even), 0xf0f0f0f0f0f0f0f0u, from, odd);
       if constexpr (Finish::kSum != Added::nothing) {
         const __m512i residual = _mm512_maskz_loadu_epi32(there, write.residual + at + n * kRows);
         x = Finish::kSum == Added::fitting ? Avx512::add(x, residual) : Avx512::add_saturating(x, residual);
@@ -64,10 +65,17 @@ struct PotentialsPixel {
   }
 
  private:
+  // Modulo 2^64, of which 32 bits from the shift on are wanted.
+  static Avx512::Factor bias(const Conv& c, const int32_t* b_at) {
+    const Avx512::Scale scale(c.shift);
+    Avx512::Factor b(b_at);
+    for (__m512i* part : {&b.even, &b.odd}) *part = _mm512_add_epi64(_mm512_sll_epi64(*part, scale.shift), scale.half);
+    return b;
+  }
   template <int... kN>
   PotentialsPixel(const Conv& c, const MatrixPacking& p, const Finish& write, int first, std::integer_sequence<int, kN...>)
-      : m{Avx512::multiplier(p.m + first + kN * kRows)...}, b{_mm512_loadu_si512(p.b + first + kN * kRows)...},
-        half(Avx512::Scale(c.shift).half), from(_mm512_set1_epi32(0x18100800 + 0x01010101 * c.shift)),
+      : m{Avx512::multiplier(p.m + first + kN * kRows)...}, b{bias(c, p.b + first + kN * kRows)...},
+        from(_mm512_set1_epi32(0x18100800 + 0x01010101 * c.shift)),
         bytes(write.lo(), write.hi(), c.outputs - first), lanes{lanes_left(c.outputs - first - kN * kRows)...} {}
 };
 

@@ -171,15 +171,16 @@ inline void fill_slots(const Conv& c, const MatrixPacking& p, const Slots& s, co
   }
 }
 
-// Some tiles of windows, and which rows of their sums are whose: where a row begins, and the first output of its pixel.
+// Some tiles of windows, and which rows of their sums are whose, in runs of pixels side by side: where the first row of a run begins, and the
+// first output of its first pixel.
 struct Block {
-  struct Row {
+  struct Run {
     size_t output;
-    uint32_t sums;
+    uint32_t sums, pixels;
   };
   size_t at[kMostTiles];  // the first code of every tile; something where there is none
-  int tiles, pixels;
-  Row rows[kMostPixels];
+  int tiles, runs, pixels;
+  Run run[kMostPixels];
 };
 
 // Where the sums of windows go, `next` sums from row to row. What lies behind the last window is made in full, too, if it can be moved back to
@@ -220,11 +221,12 @@ class Blocks {
   static size_t bytes(const Slots& s, int windows) { return round_up((s.count + windows - 1) / windows * sizeof(Block), 64); }
 
  private:
-  void add() { blocks_[count_++].tiles = 0, last().pixels = 0, last().at[0] = last().at[1] = last().at[2] = last().at[3] = 0; }
+  void add() { blocks_[count_++].tiles = 0, last().runs = last().pixels = 0, last().at[0] = last().at[1] = last().at[2] = last().at[3] = 0; }
   Block& last() { return blocks_[count_ - 1]; }
   void put(size_t row, size_t count, size_t pixel) {
     Block& b = last();
-    for (size_t i = 0; i < count; ++i) b.rows[b.pixels++] = {(pixel + i) * outputs_, static_cast<uint32_t>((row + i) * next_)};
+    b.run[b.runs++] = {pixel * outputs_, static_cast<uint32_t>(row * next_), static_cast<uint32_t>(count)};
+    b.pixels += static_cast<int>(count);
   }
   Block* blocks_;
   size_t count_ = 0, next_, outputs_;

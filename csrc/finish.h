@@ -189,14 +189,17 @@ struct FinishUsual {
 
   int lo() const { return quantize.lo; }
   int hi() const { return quantize.hi; }
+  static constexpr auto kHow = static_cast<typename Quantize::Form>(kForm);
+  // Of `rounded`, what `lo` and `hi` are still to clip.
   BITSPIKE_INLINE typename V::I32 code(size_t channel, int lanes, typename V::I32 x) const {
-    return quantize.template apply<static_cast<typename Quantize::Form>(kForm)>(x, channel, lanes);
+    if constexpr (kHow == Quantize::Form::rounded && V::kSums) return quantize.rounded(x);
+    return quantize.template apply<kHow>(x, channel, lanes);
   }
   void operator()(size_t i, size_t channel, int lanes, typename V::I32 x) const {
     if (kAdded == Added::saturating) x = V::add_saturating(x, V::load(residual + i, lanes));
     if (kAdded == Added::fitting) x = V::add(x, V::load(residual + i, lanes));
     if (kOut) V::store(out + i, x, lanes);
-    if (kCodes) V::store_codes(codes + i, code(channel, lanes, x), lanes);
+    if (kCodes) V::store_codes(codes + i, quantize.template apply<kHow>(x, channel, lanes), lanes);
   }
 };
 
