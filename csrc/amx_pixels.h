@@ -12,17 +12,13 @@ template <class Finish, int kTiles>
 struct RoundedPixel {
   static constexpr int kOutputs = kTiles * kRows;
   static constexpr bool kCounts = true;
-  __m512 scale[kTiles], bias[kTiles];
+  FloatCodes<Avx512, kTiles, Finish::kMade == Made::twice> codes;
   Bytes bytes;
   RoundedPixel(const Conv& c, const MatrixPacking&, const Finish& write, int first)
-      : bytes(write.direct.lo, write.direct.hi, c.outputs - first) {
-    for (int n = 0; n < kTiles; ++n)
-      scale[n] = _mm512_loadu_ps(write.direct.scale + first + n * kRows), bias[n] = _mm512_loadu_ps(write.direct.bias + first + n * kRows);
-  }
+      : codes(write.direct, first), bytes(write.direct.lo, write.direct.hi, c.outputs - first) {}
   BITSPIKE_INLINE void operator()(const Finish& write, const int32_t* sums, size_t at, int, size_t& nonzero) const {
     __m512i code[kTiles];
-    for (int n = 0; n < kTiles; ++n)
-      code[n] = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + n * kRows)), scale[n], bias[n]));
+    for (int n = 0; n < kTiles; ++n) code[n] = codes(n, _mm512_loadu_si512(sums + n * kRows));
     bytes.put(code, write.codes + at, nonzero);
   }
 };
@@ -106,7 +102,7 @@ struct Vectors<Finish, 0> {
 
 // How a pixel is finished. kFew: shifts up to kMostShift.
 template <class Finish, int kTiles, bool kFew>
-using PixelOf = std::conditional_t<Finish::kMade == Made::rounded, RoundedPixel<Finish, kTiles>,
+using PixelOf = std::conditional_t<by_floats(Finish::kMade), RoundedPixel<Finish, kTiles>,
                                    std::conditional_t<Finish::kUsualCodes && kFew, PotentialsPixel<Finish, kTiles>, Vectors<Finish, kTiles>>>;
 
 }  // namespace

@@ -197,20 +197,6 @@ struct Avx512 {
     }
   };
   using JoinedCodes = Bytes;
-  // Codes straight from the sums of kBytes outputs of a pixel, by floats (see Direct).
-  struct RoundedCodes {
-    F32 scale[4], bias[4];
-    Bytes bytes;
-    RoundedCodes(const Direct& direct, size_t first) : bytes(direct.lo, direct.hi) {
-      for (int n = 0; n < 4; ++n)
-        scale[n] = load_floats(direct.scale + first + n * kLanes), bias[n] = load_floats(direct.bias + first + n * kLanes);
-    }
-    BITSPIKE_INLINE void operator()(const I32 (&sums)[4], uint8_t* to, int outputs) const {
-      I32 codes[4];
-      for (int n = 0; n < 4; ++n) codes[n] = rounded(multiply_add(floats(sums[n]), scale[n], bias[n]));
-      bytes.store(codes, to, outputs);
-    }
-  };
   // Neurons on sums: lif_sums.h.
   static constexpr bool kSums = true;
   static void store_s16(int16_t* p, I32 v, int lanes) {

@@ -117,7 +117,11 @@ class OneConv {
     return {nonzero, nonzero + codes.size()};
   }
 
-  bool is_direct() const { return direct_.get(); }  // the last call
+  const char* codes_by() const {  // the last call
+    const Direct* d = direct_.get();
+    if (!d) return "definition";
+    return d->scale ? d->code_scale ? "potentials and codes in floats" : "floats" : d->m ? "integers" : "codes in floats";
+  }
 
  private:
   const Direct* direct(const Quantizer& q) {  // what it was made for is kept: making it takes longer than a small image
@@ -206,7 +210,7 @@ void bind_kernels(nb::module_& m) {
       .def_prop_ro("supported", &OneConv::supported)
       .def_prop_ro("packed_bytes", &OneConv::packed_bytes)
       .def_prop_ro("out_size", &OneConv::out_size)
-      .def_prop_ro("is_direct", &OneConv::is_direct, "Whether the last call made its codes by Epilogue::direct.")
+      .def_prop_ro("codes_by", &OneConv::codes_by, "What Epilogue::direct had for the codes of the last call.")
       .def("__call__", &OneConv::operator(), "x"_a.noconvert(), "rows"_a, "residual"_a.noconvert().none(),
            "out"_a.noconvert().none(), "codes"_a);
   m.def("finish", &finish, "isa"_a, "x"_a.noconvert(), "residual"_a.noconvert().none(), "out"_a.noconvert().none(),

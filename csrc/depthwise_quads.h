@@ -114,15 +114,19 @@ BITSPIKE_NOINLINE void quads_on(const uint8_t* line, const uint8_t* before, size
 }
 
 // What to do with the sums of output x of a row, kBytes channels: codes, or nothing yet.
-template <class V>
+template <class V, class Finish>
 struct PutCodes {
-  typename V::RoundedCodes codes;
+  FloatCodes<V, kQuad, Finish::kMade == Made::twice> codes;
+  typename V::JoinedCodes join;
   uint8_t* to;
   size_t step;
   int lanes;
+  PutCodes(const Conv& c, const Finish& write, int channel, int some, size_t y)
+      : codes(write.direct, channel), join(write.direct.lo, write.direct.hi), to(write.codes + y), step(c.channels), lanes(some) {}
   BITSPIKE_INLINE void operator()(int x, const typename V::I32 (&sums)[kQuad]) const {
-    if (lanes == V::kBytes) codes(sums, to + x * step, V::kBytes);  // a number that the compiler knows
-    else codes(sums, to + x * step, lanes);
+    const typename V::I32 four[kQuad] = {codes(0, sums[0]), codes(1, sums[1]), codes(2, sums[2]), codes(3, sums[3])};
+    if (lanes == V::kBytes) join.store(four, to + x * step, V::kBytes);  // a number that the compiler knows
+    else join.store(four, to + x * step, lanes);
   }
 };
 template <class V>
@@ -232,8 +236,8 @@ constexpr bool codes_only() {
 template <class V, class Finish>
 void quads_finish(const Conv& c, const QuadPacking<V>& p, const int32_t* sums, int width, int channel, int lanes, size_t y, const Finish& write,
                   const typename V::Scale& scale) {
-  if constexpr (Finish::kMade == Made::rounded) {
-    const PutCodes<V> put{typename V::RoundedCodes(write.direct, channel), write.codes + y, static_cast<size_t>(c.channels), lanes};
+  if constexpr (by_floats(Finish::kMade)) {
+    const PutCodes<V, Finish> put(c, write, channel, lanes, y);
     for (int x = 0; x < width; ++x, sums += V::kBytes) {
       const typename V::I32 four[kQuad] = {V::load(sums), V::load(sums + V::kLanes), V::load(sums + 2 * V::kLanes), V::load(sums + 3 * V::kLanes)};
       put(x, four);
@@ -302,9 +306,8 @@ void quads_rows(const Conv& c, const QuadPacking<V>& p, const uint8_t* image, in
           on(s.line, s.ending(c, listed == -c.pad_h ? listed : listed - 1), s.width, columns, s.ending(c, listed));
         }
         if (three) {
-          if constexpr (Finish::kMade == Made::rounded) {
-            const PutCodes<V> each{typename V::RoundedCodes(write.direct, channel), write.codes + y, static_cast<size_t>(c.channels), lanes};
-            quads_of_three<V>(vectors, s.line, s.quads, s.width, width, weight, start, each);
+          if constexpr (by_floats(Finish::kMade)) {
+            quads_of_three<V>(vectors, s.line, s.quads, s.width, width, weight, start, PutCodes<V, Finish>(c, write, channel, lanes, y));
             continue;
           }
           quads_of_three<V>(vectors, s.line, s.quads, s.width, width, weight, start, PutSums<V>{s.sums});

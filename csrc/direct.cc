@@ -11,7 +11,8 @@
 // In floats the same line is x m / 2^S + (b + 1/2) / 2^S - 1/2, rounded to the nearest number: conversion, fused product and rounding
 // never fall either, so they make h of all sums if they do so of the outermost ones and on both sides of every boundary, which is computed.
 // Where the two roundings of h have moved a boundary across a sum, another line may pass by all of them (`roomiest`), and if there is none for
-// some output, potentials are made as defined, and a line makes codes of them.
+// some output, potentials are made as defined, and a line makes codes of them. Potentials may be made by floats then, too, if what two lines make,
+// each rounded, is h at the outermost sums and on both sides of every boundary: at other sums the potential may well be another one.
 #include "direct.h"
 
 #include <algorithm>
@@ -22,6 +23,7 @@
 namespace bitspike {
 namespace {
 
+constexpr float kMostCode = 1e9f;  // before the clip: fits into an integer
 constexpr int kMostSteps = 16;  // away from where a linear h would have its next boundary
 
 struct Boundary {  // h goes from `before` to `after` between `at` - 1 and `at`
@@ -95,7 +97,7 @@ struct Line {
       if (code(n.at - 1) != n.before || code(n.at) != n.after) return false;
     // A code fits into an integer, whatever the sum.
     return code(-most) == boundaries.front().before && code(most) == boundaries.back().after &&
-           std::abs(scale * float(most)) + std::abs(bias) < 1e9f;
+           std::abs(scale * float(most)) + std::abs(bias) < kMostCode;
   }
 };
 
@@ -118,8 +120,9 @@ Line roomiest(const std::vector<Boundary>& boundaries, double slope) {
   return {static_cast<float>(slope), static_cast<float>(bias)};
 }
 
-// The line that makes codes of potentials not further from 0 than `most`, h being one multiplication; false if there is none.
+// The line for codes of potentials not further from 0 than `most`, h being one multiplication; false if it does not make all of them.
 bool line_of_codes(int64_t m, const Quantizer& q, int64_t most, Line& line) {
+  line = {0, 0};
   if (m <= 0 || most > int64_t{1} << 30) return false;
   const Output f{1, 0, m, 0, q.shift, q.lo, q.hi, 1};
   const int64_t lowest = f.code(-most), highest = f.code(most);
@@ -131,28 +134,68 @@ bool line_of_codes(int64_t m, const Quantizer& q, int64_t most, Line& line) {
   return line.fits(boundaries, q, most);
 }
 
+// The line that makes potentials of sums, themselves rounded, for `code` to make h of: again three functions that never fall. Its bias is what is
+// to be taken from floats as large as kWhole. Its slope is that of the definition, or of floats near it; and `code` may be moved by parts of a
+// potential, for it need only be right at the potentials that there are.
+bool line_of_potentials(const Output& f, Line& code, const Quantizer& q, const std::vector<Boundary>& boundaries, int64_t most, Line& line) {
+  const double slope = std::ldexp(static_cast<double>(f.m), -f.shift), product = std::abs(slope) * static_cast<double>(most) + 1;
+  const double b = std::abs(static_cast<double>(f.b)), largest = 1 << 22;  // of whole numbers as kWhole makes them
+  if (!(code.scale > 0) || product >= largest || b >= largest) return false;
+  if ((product + b) * code.scale + std::abs(code.bias) + code.scale >= kMostCode) return false;
+  line.bias = Direct::kWhole - static_cast<float>(f.b);
+  const auto made = [&](int64_t x) {
+    const float whole = std::fma(static_cast<float>(f.sign * x), line.scale, Direct::kWhole);
+    return clip(static_cast<int64_t>(std::nearbyint(std::fma(whole - line.bias, code.scale, code.bias))), q.lo, q.hi);
+  };
+  const auto fits = [&] {
+    for (const Boundary& n : boundaries)
+      if (made(n.at - 1) != n.before || made(n.at) != n.after) return false;
+    return made(-most) == f.code(-most) && made(most) == f.code(most);
+  };
+  const float bias = code.bias;
+  for (const int part : {0, 1, -1, 2, -2, 3, -3}) {
+    code.bias = bias + static_cast<float>(part) * code.scale / 8;
+    line.scale = static_cast<float>(slope);
+    if (fits()) return true;
+    for (const float towards : {HUGE_VALF, -HUGE_VALF}) {
+      line.scale = static_cast<float>(slope);
+      for (int away = 0; away < 3; ++away) {
+        line.scale = std::nextafter(line.scale, towards);
+        if (fits()) return true;
+      }
+    }
+  }
+  return false;
+}
+
 }  // namespace
 
 DirectCodes::DirectCodes(const Conv& c, const Quantizer& q) {
   const size_t taps = size_t(c.kernel_h) * c.kernel_w * c.group_channels(), padded = (size_t(c.outputs) + 127) / 64 * 64;
+  const auto furthest = [&](int o) {  // from 0 that a sum may be
+    int64_t most = 0;
+    for (const int8_t *w = c.weight + o * taps, *end = w + taps; w < end; ++w) most += *w < 0 ? -*w : *w;
+    return most * std::max(c.hi, -c.lo);
+  };
+  const auto output = [&](int o, int64_t most) {
+    Output f{c.m[o], c.b[o], q.m[q.per_channel ? o : 0], c.shift, q.shift, q.lo, q.hi, 1};
+    if (f.code(-most) > f.code(most)) f.sign = -1;
+    return f;
+  };
   double steepest = 0;  // codes per sum
   for (int o = 0; o < c.outputs; ++o)
     steepest = std::max(steepest, std::ldexp(std::abs(double(c.m[o]) * q.m[q.per_channel ? o : 0]), -c.shift - q.shift));
   int scale = 0;  // as large as leaves room for every code, and one step beyond
   while (scale < 30 && std::ldexp(std::max(q.hi + 1, -q.lo) + steepest, scale + 1) <= std::ldexp(1.0, 31)) ++scale;
   std::vector<int32_t> numbers(4 * padded);
-  std::vector<float> floats(2 * padded);
+  std::vector<float> floats(4 * padded);
   int32_t *first = numbers.data(), *last = first + padded, *m = last + padded, *b = m + padded;
   bool whole = true, rounded = q.lo >= -128 && q.hi <= 255;  // whether there are numbers for all outputs
   std::vector<Boundary> boundaries;
   for (int o = 0; o < c.outputs; ++o) {
-    int64_t most = 0;
-    for (const int8_t *w = c.weight + o * taps, *end = w + taps; w < end; ++w) most += *w < 0 ? -*w : *w;
-    most *= std::max(c.hi, -c.lo);
+    const int64_t most = furthest(o);
     if (most >= int64_t{1} << 30) return;
-    const int64_t multiplier = q.m[q.per_channel ? o : 0];
-    Output f{c.m[o], c.b[o], multiplier, c.shift, q.shift, q.lo, q.hi, 1};
-    if (f.code(-most) > f.code(most)) f.sign = -1;
+    const Output f = output(o, most);
     const int64_t lowest = f.code(-most), highest = f.code(most);
     if (lowest == highest) {
       b[o] = static_cast<int32_t>(lowest * (int64_t{1} << scale));
@@ -180,20 +223,35 @@ DirectCodes::DirectCodes(const Conv& c, const Quantizer& q) {
     first[o] = static_cast<int32_t>(f.sign > 0 ? from : -to), last[o] = static_cast<int32_t>(f.sign > 0 ? to : -from);
     m[o] = static_cast<int32_t>(f.sign * times), b[o] = static_cast<int32_t>(static_cast<uint32_t>(static_cast<uint64_t>(bias)));
   }
-  bool lines = !whole && !rounded && q.lo >= -128 && q.hi <= 255;  // of potentials, in the same place
-  Line line{0, 0};
-  for (int o = 0; o < c.outputs && lines; ++o) {
-    if (o == 0 || q.per_channel) lines = line_of_codes(q.m[q.per_channel ? o : 0], q, c.largest, line);
-    floats[o] = line.scale, floats[padded + o] = line.bias;
+  const bool others = !whole && !rounded && q.lo >= -128 && q.hi <= 255;
+  bool lines = others, twice = others;  // codes of potentials by floats; those, and potentials
+  std::vector<Line> codes(others ? c.outputs : 0), potentials(codes.size());
+  for (size_t o = 0; o < codes.size(); ++o) {
+    if (o == 0 || q.per_channel) lines = line_of_codes(q.m[o], q, c.largest, codes[o]) && lines;
+    else codes[o] = codes[0];
   }
-  if (!whole && !rounded && !lines) return;
+  const std::vector<Line> exact = codes;
+  for (int o = 0; o < c.outputs && twice; ++o) {
+    const int64_t most = furthest(o);
+    const Output f = output(o, most);
+    boundaries.clear();
+    const int64_t lowest = f.code(-most), highest = f.code(most);
+    twice = (lowest == highest || f.boundaries(lowest, highest, most, boundaries)) &&
+            line_of_potentials(f, codes[o], q, boundaries, most, potentials[o]);
+  }
+  for (size_t o = 0; o < codes.size(); ++o) {
+    const Line& code = twice ? codes[o] : exact[o];
+    floats[o] = potentials[o].scale, floats[padded + o] = potentials[o].bias;
+    floats[2 * padded + o] = code.scale, floats[3 * padded + o] = code.bias;
+  }
+  if (!whole && !rounded && !lines && !twice) return;
   numbers_ = std::make_shared<Numbers>(Numbers{std::move(numbers), std::move(floats)});
   direct_ = {scale, q.lo, q.hi, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   const int32_t* at = numbers_->whole.data();
   if (whole) direct_.first = at, direct_.last = at + padded, direct_.m = at + 2 * padded, direct_.b = at + 3 * padded;
   const float* rates = numbers_->floats.data();
-  if (rounded) direct_.scale = rates, direct_.bias = rates + padded;
-  if (lines) direct_.code_scale = rates, direct_.code_bias = rates + padded;
+  if (rounded || twice) direct_.scale = rates, direct_.bias = rates + padded;
+  if (lines || twice) direct_.code_scale = rates + 2 * padded, direct_.code_bias = rates + 3 * padded;
 }
 
 }  // namespace bitspike

@@ -147,8 +147,9 @@ inline const Quantizer& used_quantizer(const Epilogue& e, int k) {
   return e.codes[k] ? e.quantizer[k] : kNone;
 }
 
-// What Requantize makes of sums for an epilogue. rounded: codes, by floats.
-enum class Made { potentials, codes, rounded, sums };
+// What Requantize makes of sums for an epilogue. rounded: codes, by floats, which are rounded once, or twice.
+enum class Made { potentials, codes, rounded, twice, sums };
+constexpr bool by_floats(Made how) { return how == Made::rounded || how == Made::twice; }
 
 // Any epilogue, after any convolution.
 template <class V>
@@ -214,6 +215,24 @@ struct FinishDirect {
   void operator()(size_t i, size_t, int lanes, typename V::I32 code) const { V::store_codes(codes + i, code, lanes); }
 };
 
+// The same by floats (see Direct), before the clip: what becomes of sums of kVectors * kLanes outputs, a vector at a time.
+template <class V, int kVectors, bool kTwice>
+struct FloatCodes {
+  typename V::F32 scale[kVectors], bias[kVectors], code_scale[kVectors], code_bias[kVectors];
+
+  FloatCodes(const Direct& direct, size_t first) {
+    for (int n = 0; n < kVectors; ++n, first += V::kLanes) {
+      scale[n] = V::load_floats(direct.scale + first), bias[n] = V::load_floats(direct.bias + first);
+      if (kTwice) code_scale[n] = V::load_floats(direct.code_scale + first), code_bias[n] = V::load_floats(direct.code_bias + first);
+    }
+  }
+  BITSPIKE_INLINE typename V::I32 operator()(int n, typename V::I32 sum) const {
+    if (!kTwice) return V::rounded(V::multiply_add(V::floats(sum), scale[n], bias[n]));
+    const typename V::F32 whole = V::multiply_add(V::floats(sum), scale[n], V::splat_float(Direct::kWhole));
+    return V::rounded(V::multiply_add(V::sub(whole, bias[n]), code_scale[n], code_bias[n]));
+  }
+};
+
 // Codes of potentials by floats, one line per channel.
 template <class V>
 struct FinishLines {
@@ -251,6 +270,7 @@ void with_finish(const Epilogue& e, size_t channels, bool fits, Body body) {
   using Form = typename QuantizeVector<V>::Form;
   if constexpr (V::kSums) {
     if (e.sums) return body(FinishSums<V>{e.sums});
+    if (e.direct && e.direct->scale && e.direct->code_scale) return body(FinishDirect<V, Made::twice>{*e.direct, e.codes[0]});
     if (e.direct && e.direct->scale) return body(FinishDirect<V, Made::rounded>{*e.direct, e.codes[0]});
   }
   if (e.direct && e.direct->m) return body(FinishDirect<V, Made::codes>{*e.direct, e.codes[0]});
@@ -323,16 +343,21 @@ struct Requantize<V, Finish, Made::codes> {
 };
 
 template <class V, class Finish>
-struct Requantize<V, Finish, Made::rounded> {
-  typename V::F32 scale, bias;
+struct RequantizeByFloats {
+  FloatCodes<V, 1, Finish::kMade == Made::twice> codes;
   int lo, hi;
 
-  Requantize(const Finish& finish, size_t channel, const int32_t*, const int32_t*)
-      : scale(V::load_floats(finish.direct.scale + channel)), bias(V::load_floats(finish.direct.bias + channel)),
-        lo(finish.direct.lo), hi(finish.direct.hi) {}
-  typename V::I32 operator()(typename V::I32 acc, const typename V::Scale&) const {
-    return V::clip(V::rounded(V::multiply_add(V::floats(acc), scale, bias)), lo, hi);
-  }
+  RequantizeByFloats(const Finish& finish, size_t channel, const int32_t*, const int32_t*)
+      : codes(finish.direct, channel), lo(finish.direct.lo), hi(finish.direct.hi) {}
+  typename V::I32 operator()(typename V::I32 acc, const typename V::Scale&) const { return V::clip(codes(0, acc), lo, hi); }
+};
+template <class V, class Finish>
+struct Requantize<V, Finish, Made::rounded> : RequantizeByFloats<V, Finish> {
+  using RequantizeByFloats<V, Finish>::RequantizeByFloats;
+};
+template <class V, class Finish>
+struct Requantize<V, Finish, Made::twice> : RequantizeByFloats<V, Finish> {
+  using RequantizeByFloats<V, Finish>::RequantizeByFloats;
 };
 
 // Nothing.

@@ -64,8 +64,10 @@ struct Quantizer {
 // The same codes from the sums themselves, where no potential is wanted (direct.cc): a code is
 // clip((clip(acc, first, last) * m + b) >> shift, lo, hi), modulo 2^32, or clip(round(acc * scale + bias), lo, hi), fused and to the nearest
 // even, with numbers per output, in arrays that may be read 64 numbers beyond the last. Or else, where the two roundings on the way can't be
-// one, from the potentials: clip(round(x * code_scale + code_bias), lo, hi). Pointers are null where there are no such numbers.
+// one, from the potentials: clip(round(x * code_scale + code_bias), lo, hi), where x = (acc * scale + kWhole) - bias if there is a scale, too:
+// floats as large have no fraction. Pointers are null where there are no such numbers.
 struct Direct {
+  static constexpr float kWhole = 3 << 22;
   int shift, lo, hi;
   const int32_t *first, *last, *m, *b;
   const float *scale, *bias;

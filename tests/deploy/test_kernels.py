@@ -319,7 +319,7 @@ def test_codes_straight_from_sums_are_the_definition(isa, lo, hi, slope):
     conv(x, (0, 1), None, None, [(q, 40, lo, hi, codes)])
     expected = ops.quantize(y[None, None], q, 40, lo, hi, "s8" if lo < 0 else "u8")[0, 0]
     np.testing.assert_array_equal(codes.view(expected.dtype), expected)
-    assert conv.is_direct
+    assert conv.codes_by != "definition"
     # Where a code has no sum of its own to begin at, or sums leave 31 bits, the definition is followed step by step.
     coarse = (m >> 20).astype(np.int32)
     conv = _kernels.OneConv(isa, "dense", (1, 64), w, (1, 1), (0, 0), 1, np.zeros(1, np.int16), coarse, 20, b >> 20, (0, 63))
@@ -327,6 +327,30 @@ def test_codes_straight_from_sums_are_the_definition(isa, lo, hi, slope):
     conv(x, (0, 1), None, None, [(q, 40, lo, hi, codes)])
     expected = ops.quantize(y[None, None], q, 40, lo, hi, "s8" if lo < 0 else "u8")[0, 0]
     np.testing.assert_array_equal(codes.view(expected.dtype), expected)
+
+
+@pytest.mark.parametrize("isa", [s for s in SETS if s != "scalar"])
+@pytest.mark.parametrize("variant", ["dense", "matrix"])
+def test_codes_on_ties_are_those_of_both_roundings(isa, variant):
+    """Steps that are a 127th of the largest sum: codes lie on ties, which the rounding of the potential decides, a different way each time."""
+    rng = np.random.default_rng(7)
+    w = rng.integers(-8, 8, (70, 1, 1, 1)).astype(np.int8)
+    x = np.arange(255, dtype=np.uint8).reshape(1, 255, 1)
+    pad = np.zeros(1, np.int16)
+    seen = set()
+    for top, potentials in [(t, p) for t in (482, 964, 1000, 1270, 1778, 1930) for p in (225.0617, 245.267, 253.627, 1630.33, 9768.2)]:
+        m = np.round(potentials * (1 << 17) * (1 + rng.random(70) * 1e-6) * rng.choice([-1, 1], 70)).astype(np.int32)
+        b = rng.integers(-5, 6, 70).astype(np.int32)
+        q = np.array([round(127 / top / potentials * (1 << 40))], np.int32)
+        y = ops.conv(x[None, None], w, (1, 1), (0, 0), 1, pad, m, 17, b)[0, 0]
+        conv = _kernels.OneConv(isa, variant, (1, 255), w, (1, 1), (0, 0), 1, pad, m, 17, b, (0, 254))
+        if not conv.supported:
+            pytest.skip(f"{isa} has no {variant}")
+        codes = np.empty((1, 255, 70), np.uint8)
+        conv(x, (0, 1), None, None, [(q, 40, -127, 127, codes)])
+        seen.add(conv.codes_by)
+        np.testing.assert_array_equal(codes.view(np.int8), ops.quantize(y[None, None], q, 40, -127, 127, "s8")[0, 0])
+    assert isa.startswith(("avx2", "neon")) or "potentials and codes in floats" in seen
 
 
 @pytest.mark.parametrize("isa", [s for s in SETS if s != "scalar"])
