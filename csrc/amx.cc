@@ -12,13 +12,11 @@
 namespace bitspike {
 namespace {
 
-size_t panels_bytes(const MatrixPacking& p) { return p.bits < 8 ? kMostTiles * p.panel() * kTile : 0; }
-
 size_t matrix_scratch_bytes(const Conv& c, int rows) {
   const MatrixPacking p(c, nullptr);
   const Slots s(c, p, rows);
   const Cut cut(c, p, s);
-  return 2 * cut.sums() * sizeof(int32_t) + Blocks::bytes(s, cut.windows) + panels_bytes(p) + line_bytes(c) + slots_bytes(c, s, rows);
+  return 2 * cut.sums() * sizeof(int32_t) + Blocks::bytes(s, cut.windows) + line_bytes(c) + slots_bytes(c, s, rows);
 }
 
 // What is left to do of the sums of a block, while the products of the next one are made: vectors and tiles have units of their own.
@@ -203,7 +201,7 @@ constexpr size_t kUncounted = ~size_t{0};
 // All blocks of a convolution, its codes in slots. Pixel: of cut.outputs tiles of outputs. Returns how many codes are not 0, or kUncounted.
 template <bool kSigned, class Pixel, class Finish>
 size_t matrix_blocks(const Conv& c, const MatrixPacking& p, const Cut& cut, const Walk& walk, const Blocks& blocks, const uint8_t* codes,
-                     const Finish& write, int32_t* sums, int8_t* panels) {
+                     const Finish& write, int32_t* sums) {
   Pixel pixels[2] = {Pixel(c, p, write, 0), Pixel(c, p, write, 0)};  // of this group of outputs and of the one before
   const size_t lines = (c.ahead_end - c.ahead) / 64, steps = blocks.count() * (c.outputs + kRows - 1) / kRows * p.panel() / (cut.way == Way::column ? 1 : 2) + 1;
   Left<Pixel> left{cut.row(), static_cast<size_t>(c.outputs), c.ahead, c.ahead_end, static_cast<int>((lines + steps - 1) / steps), &pixels[1]};
@@ -215,12 +213,7 @@ size_t matrix_blocks(const Conv& c, const MatrixPacking& p, const Cut& cut, cons
   int turn = 0;
   for (int first = 0; first < c.outputs; first += Pixel::kOutputs) {
     const int outputs = static_cast<int>(round_up(at_most(c.outputs - first, Pixel::kOutputs), 2 * kRows)) / kRows;
-    const uint8_t* packed = p.weight + first / kRows * p.panel() * p.tile_bytes();
-    const int8_t* weights = reinterpret_cast<const int8_t*>(packed);
-    if (p.bits < 8) {
-      (p.bits == 4 ? unpack<4> : unpack<2>)(packed, outputs * p.panel(), panels);
-      weights = panels;
-    }
+    const int8_t* const weights = p.weight + first / kRows * p.panel() * kTile;
     Pixel* const pixel = &pixels[first / Pixel::kOutputs % 2];
     *pixel = Pixel(c, p, write, first);
     for (const Block* b = blocks.begin(); b < blocks.end(); ++b, turn ^= 1) {
@@ -243,10 +236,9 @@ size_t matrix_rows(const Conv& c, const MatrixPacking& p, const uint8_t* image, 
   const Cut cut(c, p, slots);
   int32_t* const sums = static_cast<int32_t*>(scratch);
   char* const list = reinterpret_cast<char*>(sums + 2 * cut.sums());
-  int8_t* const panels = reinterpret_cast<int8_t*>(list + Blocks::bytes(slots, cut.windows));
   const uint8_t* codes = image + static_cast<size_t>(row0) * c.stride_h * slots.row;
   if (!slots.in_place(c, p, codes)) {
-    uint8_t *line = reinterpret_cast<uint8_t*>(panels) + panels_bytes(p), *to = line + line_bytes(c);
+    uint8_t *line = reinterpret_cast<uint8_t*>(list) + Blocks::bytes(slots, cut.windows), *to = line + line_bytes(c);
     fill_slots(c, p, slots, image, row0 * c.stride_h - c.pad_h, rows_read(c, row1 - row0), line, to);
     codes = to;
   }
@@ -260,7 +252,7 @@ size_t matrix_rows(const Conv& c, const MatrixPacking& p, const uint8_t* image, 
   const bool is_signed = c.kind == Kind::s8;
   const auto run = cut.outputs == 2 ? is_signed ? matrix_blocks<true, Two, Finish> : matrix_blocks<false, Two, Finish>
                                     : is_signed ? matrix_blocks<true, Four, Finish> : matrix_blocks<false, Four, Finish>;
-  const size_t found = run(c, p, cut, walk, blocks, codes, write, sums, panels);
+  const size_t found = run(c, p, cut, walk, blocks, codes, write, sums);
   _tile_release();
   return found;
 }

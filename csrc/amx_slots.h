@@ -11,37 +11,28 @@ constexpr int kMostPixels = kMostTiles * kRows;
 constexpr size_t kHalf = kDepth / 2;
 constexpr size_t kNearWeights = 24 << 10, kNearCodes = 28 << 10;  // bytes that stay in the nearest cache, beside the rest
 
-// Bits of a weight in memory: as few as 8, 4 or 2.
-inline int packed_bits(const Conv& c) {
-  if (c.weight_lo >= -2 && c.weight_hi <= 1) return 2;
-  return c.weight_lo >= -8 && c.weight_hi <= 7 ? 4 : 8;
-}
-
 // Packed: tiles of weights [outputs / 16, an even number][rows][steps], in a step of which lie those of 64 codes of a window's row; then m and b, int32
-// [outputs, rounded up to 64], and whether requantization fits. In a tile of fewer bits, byte i holds weights i, i + 1024 / fields ...: vectors
-// unpack it.
+// [outputs, rounded up to 64], and whether requantization fits.
 struct MatrixPacking {
-  int bits, rows;
+  int rows;
   size_t length, steps, depth;  // codes of a window's row, steps through it, codes of a step
   size_t bytes;
-  uint8_t* weight;
+  int8_t* weight;
   int32_t *m, *b, *fits;
 
   MatrixPacking(const Conv& c, const void* packed) {
-    bits = packed_bits(c);
     rows = c.kernel_h;
     length = static_cast<size_t>(c.kernel_w) * c.channels;
     steps = (length + kDepth - 1) / kDepth;
     depth = steps > 1 ? kDepth : round_up(length, 4);
     const size_t outputs = round_up(c.outputs, kMostTiles * kRows), tiles = panel() * (round_up(c.outputs, 2 * kRows) / kRows);
-    weight = static_cast<uint8_t*>(const_cast<void*>(packed));
-    m = reinterpret_cast<int32_t*>(weight + tiles * tile_bytes());
+    weight = static_cast<int8_t*>(const_cast<void*>(packed));
+    m = reinterpret_cast<int32_t*>(weight + tiles * kTile);
     b = m + outputs;
     fits = b + outputs;
-    bytes = tiles * tile_bytes() + round_up((2 * outputs + 1) * sizeof(int32_t), 64);
+    bytes = tiles * kTile + round_up((2 * outputs + 1) * sizeof(int32_t), 64);
   }
   size_t panel() const { return rows * steps; }  // tiles of 16 outputs
-  size_t tile_bytes() const { return kTile * bits / 8; }
 };
 
 inline size_t matrix_packed_bytes(const Conv& c) { return MatrixPacking(c, nullptr).bytes; }
@@ -49,40 +40,16 @@ inline size_t matrix_packed_bytes(const Conv& c) { return MatrixPacking(c, nullp
 inline void matrix_pack(const Conv& c, void* packed) {
   const MatrixPacking p(c, packed);
   memset(packed, 0, p.bytes);
-  const size_t field = kTile * p.bits / 8;  // weights in the same place of their bytes
-  const int mask = (1 << p.bits) - 1;
   const int8_t* w = c.weight;
   for (int o = 0; o < c.outputs; ++o) {
-    uint8_t* tile = p.weight + o / kRows * p.panel() * p.tile_bytes();
+    int8_t* tile = p.weight + o / kRows * p.panel() * kTile;
     for (int ky = 0; ky < c.kernel_h; ++ky)
-      for (size_t first = 0; first < p.length; first += kDepth, tile += p.tile_bytes())
-        for (size_t k = 0; k < kDepth && first + k < p.length;) {
-          const size_t at = k / 4 * 64 + o % kRows * 4;  // of four codes
-          uint8_t* to = tile + at % field;
-          const size_t shift = at / field * p.bits;
-          for (size_t end = p.length - first < k + 4 ? p.length - first : k + 4; k < end; ++k) *to++ |= static_cast<uint8_t>((*w++ & mask) << shift);
-        }
+      for (size_t first = 0; first < p.length; first += kDepth, tile += kTile)
+        for (size_t k = 0; k < kDepth && first + k < p.length; ++k) tile[k / 4 * 64 + o % kRows * 4 + k % 4] = *w++;
   }
   memcpy(p.m, c.m, c.outputs * sizeof(int32_t));
   memcpy(p.b, c.b, c.outputs * sizeof(int32_t));
   *p.fits = requant_fits(c);
-}
-
-// `tiles` tiles of weights as bytes.
-template <int kBits>
-void unpack(const uint8_t* from, size_t tiles, int8_t* to) {
-  constexpr int kFields = 8 / kBits;
-  alignas(16) int8_t values[16];
-  for (int i = 0; i < 16; ++i) values[i] = static_cast<int8_t>((i & ((1 << kBits) - 1)) - (i >> (kBits - 1) & 1) * (1 << kBits));
-  const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(values)));
-  const __m512i mask = _mm512_set1_epi8((1 << kBits) - 1);
-  for (; tiles; --tiles, to += kTile)
-    for (int i = 0; i < kTile / kFields; i += 64, from += 64) {
-      const __m512i packed = _mm512_loadu_si512(from);
-      for (int field = 0; field < kFields; ++field)
-        _mm512_store_si512(to + field * (kTile / kFields) + i,
-                           _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(packed, field * kBits), mask)));
-    }
 }
 
 // Where the codes of a window lie. A window at `place` p of row y has its codes 64 k .. of row ky at (y * stride_h + ky) * row + p * slot + k * step.

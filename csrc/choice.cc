@@ -54,7 +54,7 @@ bool able(const Kernels& k, const Conv& c, Variant v) {
   return kernel.run && (!kernel.supported || kernel.supported(c));
 }
 
-double cost_ns(const Kernels& k, const Conv& conv, Variant v, Load codes, size_t calls) {
+double cost_ns(const Kernels& k, const Conv& conv, Variant v, Load codes) {
   const Costs& all = costs(k);
   const Cost& rate = all.of[static_cast<int>(v)];
   const Conv c = v == Variant::events ? events_conv(conv, k.event_bytes, k.carry_save) : conv;
@@ -64,11 +64,11 @@ double cost_ns(const Kernels& k, const Conv& conv, Variant v, Load codes, size_t
   const double tiles = double((c.out_height + 1) / 2) * (c.wide_tiles ? (c.out_width + 3) / 4 * 24 : (c.out_width + 1) / 2 * 16);
   // Whole tiles of 16 pixels, 64 codes and two times 16 outputs.
   const auto whole = [](double n, int unit) { return (int64_t(n) + unit - 1) / unit * double(unit); };
-  const double unpacked = c.kernel_h * whole(double(c.kernel_w) * c.channels, 64) * whole(c.outputs, 32);
-  const double matrices = whole(double(c.out_height) * c.out_width, 16) * unpacked;
+  const double weights = c.kernel_h * whole(double(c.kernel_w) * c.channels, 64) * whole(c.outputs, 32);
+  const double matrices = whole(double(c.out_height) * c.out_width, 16) * weights;
   const bool matrix = v == Variant::matrix;
   const double products = v == Variant::winograd ? tiles * c.outputs * c.channels : matrix ? matrices : outputs * taps;
-  const double read = matrix ? unpacked * double(calls) : double(c.out_height) * c.out_width * taps * c.groups;
+  const double read = matrix ? weights : double(c.out_height) * c.out_width * taps * c.groups;
   const int planes = v == Variant::popcount ? c.bit_planes() : 1;
   const bool own = std::strcmp(all.name, k.name) == 0;  // of another set only the ratios are borrowed
   const bool sliced = v == Variant::sliced;
@@ -81,12 +81,12 @@ double cost_ns(const Kernels& k, const Conv& conv, Variant v, Load codes, size_t
          rate.output * outputs;
 }
 
-Variant cheapest(const Kernels& k, const Conv& c, const std::array<bool, kVariants>& able, Load load, size_t calls) {
+Variant cheapest(const Kernels& k, const Conv& c, const std::array<bool, kVariants>& able, Load load) {
   Variant best = Variant::dense;
-  double least = cost_ns(k, c, best, load, calls);
+  double least = cost_ns(k, c, best, load);
   for (int i = 1; i < kVariants; ++i) {
     const Variant v = static_cast<Variant>(i);
-    const double ns = able[i] ? cost_ns(k, c, v, load, calls) : least;
+    const double ns = able[i] ? cost_ns(k, c, v, load) : least;
     if (ns < least) best = v, least = ns;
   }
   return best;

@@ -10,7 +10,7 @@ namespace bitspike {
 //   product * products + addition * additions * load + scan * reads + output * outputs
 // with `products` the multiply-accumulates of one image (for popcount: times the bits of its codes), `load` the share of `additions` (as
 // many as products, outputs rounded up to whole vectors) that events have to do, and `reads` the codes of all windows, or, for matrix, the
-// weights that are unpacked, once a call: `calls` are those that one image takes, tile by tile.
+// weights.
 struct Cost {
   float product, addition, scan, output;
 };
@@ -24,7 +24,7 @@ struct Load {
 // Whether events of such codes are fewer bit by bit, all in all.
 bool by_bits(const Kernels&, const Conv&, Load);
 bool able(const Kernels&, const Conv&, Variant);
-double cost_ns(const Kernels&, const Conv&, Variant, Load, size_t calls);
-Variant cheapest(const Kernels&, const Conv&, const std::array<bool, kVariants>& able, Load, size_t calls);  // dense can do all
+double cost_ns(const Kernels&, const Conv&, Variant, Load);
+Variant cheapest(const Kernels&, const Conv&, const std::array<bool, kVariants>& able, Load);  // dense can do all
 
 }  // namespace bitspike

@@ -368,7 +368,7 @@ std::vector<Variant> Plan::choose() {
   for (const std::unique_ptr<Layered>& layer : layers_) {
     const Conv& c = layer->conv;
     const Variant v = layer->forced >= 0 ? static_cast<Variant>(layer->forced)
-                                         : cheapest(kernels_, c, layer->able, load_[variants.size()], tiles(*stages_[layer->stage], 1, 1));
+                                         : cheapest(kernels_, c, layer->able, load_[variants.size()]);
     const int i = static_cast<int>(v);
     layer->by_bits.store(by_bits(kernels_, c, load_[variants.size()]), std::memory_order_relaxed);
     if (!layer->ready[i]) {
