@@ -31,7 +31,7 @@ struct Left {
   const int32_t *block = nullptr, *sums = nullptr;
   size_t output = 0;
   const Block::Run *next = nullptr, *end = nullptr;
-  size_t nonzero = 0;
+  size_t nonzero = Bytes::kUncounted;
 
   void begin(const Block& b, const int32_t* its_sums, const Pixel* its_pixel, int its_first) {
     block = its_sums, pixel = its_pixel, first = its_first, pixels = b.pixels, next = b.run, end = b.run + b.runs;
@@ -196,15 +196,15 @@ BITSPIKE_NOINLINE void part_of_block(const Walk& o, Codes codes, const int8_t* w
   memory_barrier();
 }
 
-constexpr size_t kUncounted = ~size_t{0};
-
-// All blocks of a convolution, its codes in slots. Pixel: of cut.outputs tiles of outputs. Returns how many codes are not 0, or kUncounted.
+// All blocks of a convolution, its codes in slots. Pixel: of cut.outputs tiles of outputs. Returns how many codes are not 0, if `nonzero` is 0 and
+// Pixel counts, or kUncounted.
 template <bool kSigned, class Pixel, class Finish>
 size_t matrix_blocks(const Conv& c, const MatrixPacking& p, const Cut& cut, const Walk& walk, const Blocks& blocks, const uint8_t* codes,
-                     const Finish& write, int32_t* sums) {
+                     size_t nonzero, const Finish& write, int32_t* sums) {
   Pixel pixels[2] = {Pixel(c, p, write, 0), Pixel(c, p, write, 0)};  // of this group of outputs and of the one before
   const size_t lines = (c.ahead_end - c.ahead) / 64, steps = blocks.count() * (c.outputs + kRows - 1) / kRows * p.panel() / (cut.way == Way::column ? 1 : 2) + 1;
   Left<Pixel> left{cut.row(), static_cast<size_t>(c.outputs), c.ahead, c.ahead_end, static_cast<int>((lines + steps - 1) / steps), &pixels[1]};
+  left.nonzero = nonzero;
   const size_t next = cut.row() * sizeof(int32_t);
   const auto four = whole_block<kSigned, Way::column, Pixel, Finish>;
   const auto two = cut.way == Way::codes_once     ? whole_block<kSigned, Way::codes_once, Pixel, Finish>
@@ -227,11 +227,11 @@ size_t matrix_blocks(const Conv& c, const MatrixPacking& p, const Cut& cut, cons
     }
   }
   all_pixels(write, left);
-  return Pixel::kCounts ? left.nonzero : kUncounted;
+  return Pixel::kCounts ? left.nonzero : Bytes::kUncounted;
 }
 
 template <bool kFew, class Finish>
-size_t matrix_rows(const Conv& c, const MatrixPacking& p, const uint8_t* image, int row0, int row1, const Finish& write, void* scratch) {
+size_t matrix_rows(const Conv& c, const MatrixPacking& p, const uint8_t* image, int row0, int row1, size_t nonzero, const Finish& write, void* scratch) {
   const Slots slots(c, p, row1 - row0);
   const Cut cut(c, p, slots);
   int32_t* const sums = static_cast<int32_t*>(scratch);
@@ -252,7 +252,7 @@ size_t matrix_rows(const Conv& c, const MatrixPacking& p, const uint8_t* image, 
   const bool is_signed = c.kind == Kind::s8;
   const auto run = cut.outputs == 2 ? is_signed ? matrix_blocks<true, Two, Finish> : matrix_blocks<false, Two, Finish>
                                     : is_signed ? matrix_blocks<true, Four, Finish> : matrix_blocks<false, Four, Finish>;
-  const size_t found = run(c, p, cut, walk, blocks, codes, write, sums);
+  const size_t found = run(c, p, cut, walk, blocks, codes, nonzero, write, sums);
   _tile_release();
   return found;
 }
@@ -260,16 +260,16 @@ size_t matrix_rows(const Conv& c, const MatrixPacking& p, const uint8_t* image, 
 void conv_matrix(const Conv& c, const void* packed, const void* image, int row0, int row1, const Epilogue& e, void* scratch) {
   const MatrixPacking p(c, packed);
   const uint8_t* in = static_cast<const uint8_t*>(image);
-  size_t found = kUncounted;
+  size_t found = Bytes::kUncounted;
   with_finish<Avx512>(e, c.outputs, *p.fits, [&](const auto& write) {
     using Finish = std::decay_t<decltype(write)>;
     auto run = matrix_rows<true, Finish>;
     if constexpr (Finish::kUsualCodes)
       if (c.shift > kMostShift) run = matrix_rows<false, Finish>;
-    found = run(c, p, in, row0, row1, write, scratch);
+    found = run(c, p, in, row0, row1, e.nonzero[0] ? 0 : Bytes::kUncounted, write, scratch);
   });
-  if (found == kUncounted) count_nonzero<Avx512>(e, static_cast<size_t>(row1 - row0) * c.out_width * c.outputs);
-  else if (e.nonzero[0]) *e.nonzero[0] += found;
+  if (found == Bytes::kUncounted) count_nonzero<Avx512>(e, static_cast<size_t>(row1 - row0) * c.out_width * c.outputs);
+  else *e.nonzero[0] += found;
 }
 
 }  // namespace

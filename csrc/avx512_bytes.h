@@ -27,10 +27,11 @@ struct Bytes {
     if (outputs >= 64) _mm512_storeu_si512(to, join(v));
     else _mm512_mask_storeu_epi8(to, (uint64_t{1} << outputs) - 1, join(v));
   }
-  // Those that are there, and how many are not 0.
+  static constexpr size_t kUncounted = ~size_t{0};
+  // Those that are there, and how many are not 0, unless that is kUncounted.
   BITSPIKE_INLINE void put(const __m512i (&v)[4], uint8_t* to, size_t& nonzero) const {
     const __m512i codes = join(v);
-    nonzero += static_cast<size_t>(_mm_popcnt_u64(_mm512_mask_test_epi8_mask(there, codes, codes)));
+    if (nonzero != kUncounted) nonzero += static_cast<size_t>(_mm_popcnt_u64(_mm512_mask_test_epi8_mask(there, codes, codes)));
     _mm512_mask_storeu_epi8(to, there, codes);
   }
   BITSPIKE_INLINE void put(const __m512i (&v)[2], uint8_t* to, size_t& nonzero) const {
@@ -41,7 +42,7 @@ struct Bytes {
                                     : _mm256_max_epu8(_mm256_min_epu8(_mm256_packus_epi16(low, high), most), least);
     const __m256i codes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7));
     const __mmask32 some = static_cast<__mmask32>(there);
-    nonzero += static_cast<size_t>(_mm_popcnt_u32(_mm256_mask_test_epi8_mask(some, codes, codes)));
+    if (nonzero != kUncounted) nonzero += static_cast<size_t>(_mm_popcnt_u32(_mm256_mask_test_epi8_mask(some, codes, codes)));
     _mm256_mask_storeu_epi8(reinterpret_cast<__m256i*>(to), some, codes);
   }
 };

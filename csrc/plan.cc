@@ -168,7 +168,7 @@ Epilogue Plan::epilogue(const Finish& f, const Group& g, const Tile& tile, size_
     const Codes& c = f.codes[i];
     e.quantizer[i] = {c.m.data(), c.m.size() > 1, c.shift, c.lo, c.hi};
     e.codes[i] = reinterpret_cast<uint8_t*>(place(values_[c.value], g, tile, capacity, s, step));
-    e.nonzero[i] = &s.nonzero[c.value];
+    e.nonzero[i] = g.sampled ? &s.nonzero[c.value] : nullptr;
   }
   return e;
 }
@@ -393,15 +393,16 @@ bool Plan::sample() {
 }
 
 // What the codes of stages [first, last) were like.
-void Plan::learn(const Workspace& w, size_t images, int first, int last) {
+void Plan::learn(const Workspace& w, const Group& g, int first, int last) {
   std::lock_guard<std::mutex> lock(mutex_);
   called_ = true;
+  if (!g.sampled) return;
   for (size_t i = 0; i < values_.size(); ++i) {
     if (counted_[i] < first || counted_[i] >= last) continue;
     const Value& v = values_[i];
     size_t nonzero = 0;
     for (const Scratch& s : w.scratch) nonzero += s.nonzero[i];
-    blend(density_[i], float(nonzero) / (float(images) * v.steps * v.positions() * v.channels));
+    blend(density_[i], float(nonzero) / (float(g.images) * v.steps * v.positions() * v.channels));
   }
   for (size_t i = 0; i < layers_.size(); ++i) {
     Sample all{};
@@ -436,7 +437,7 @@ void Plan::run(const uint8_t* pixels, size_t images, float* logits_to, int threa
       const Group g{pixels, images, first, count, w->arena.get(arena_bytes_ * count), &variants, sampled};
       run_group(g, 0, all, 1, *w, nullptr);
       logits(g, logits_to);
-      learn(*w, count, 0, all);
+      learn(*w, g, 0, all);
       give(std::move(w));
     };
     parallel_for(groups, threads, [&](size_t i) { failure.guard([&] { one(i); }); });
@@ -451,7 +452,7 @@ void Plan::run(const uint8_t* pixels, size_t images, float* logits_to, int threa
     const Group g{pixels, images, first, count, w->arena.get(arena_bytes_ * most), &variants, sampled};
     run_group(g, 0, all, threads, *w, seconds);
     logits(g, logits_to);
-    learn(*w, count, 0, all);
+    learn(*w, g, 0, all);
   }
   give(std::move(w));
 }
@@ -460,8 +461,9 @@ void Plan::run_part(const uint8_t* pixels, size_t images, char* arena, int first
   const std::vector<Variant> variants = choose();
   std::unique_ptr<Workspace> w = take();
   prepare(*w, threads);
-  run_group(Group{pixels, images, 0, images, arena, &variants, sample()}, first, last, threads, *w, seconds);
-  learn(*w, images, first, last);
+  const Group g{pixels, images, 0, images, arena, &variants, sample()};
+  run_group(g, first, last, threads, *w, seconds);
+  learn(*w, g, first, last);
   give(std::move(w));
 }
 

@@ -59,7 +59,7 @@ struct Group {  // the images of one pass through the stages
   size_t total, first, images;  // in `pixels`; the group's first; of the group
   char* arena;
   const std::vector<Variant>* variants;  // by convolution
-  bool sampled;                          // whether some of the codes that convolutions read are looked at
+  bool sampled;                          // whether codes are counted, and some of those that convolutions read are looked at
 };
 
 // A quantizer of an epilogue: where its codes go, and its numbers.
@@ -156,7 +156,7 @@ class Plan {
   void give(std::unique_ptr<Workspace>);
   void prepare(Workspace&, int threads) const;  // scratch for so many threads, with nothing counted yet
   std::vector<Variant> choose();
-  void learn(const Workspace&, size_t images, int first, int last);
+  void learn(const Workspace&, const Group&, int first, int last);
   void logits(const Group&, float* to) const;
 
   const Kernels& kernels_;
