@@ -334,9 +334,9 @@ def test_codes_straight_from_sums_are_the_definition(isa, lo, hi, slope):
 def test_codes_on_ties_are_those_of_both_roundings(isa, variant):
     """Steps that are a 127th of the largest sum: codes lie on ties, which the rounding of the potential decides."""
     rng = np.random.default_rng(7)
-    w = rng.integers(-8, 8, (70, 1, 1, 1)).astype(np.int8)
-    x = np.arange(255, dtype=np.uint8).reshape(1, 255, 1)
-    pad = np.zeros(1, np.int16)
+    w, x = np.zeros((70, 1, 1, 8), np.int8), np.zeros((1, 255, 8), np.uint8)  # as many as `matrix` wants
+    w[..., :2], x[0, :, 0], x[0, 7:, 1] = rng.integers(-8, 8, (70, 1, 1, 2)), np.arange(255), np.arange(248)[::-1]
+    pad = np.zeros(8, np.int16)
     seen = set()
     slopes = [225.0617, 245.267, 253.627, 1630.33, 9768.2]
     for top, potentials in [(t, p) for t in (482, 964, 1000, 1270, 1778, 1930) for p in slopes]:
