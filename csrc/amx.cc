@@ -26,8 +26,8 @@ struct Left {
   const char *ahead, *ahead_end;  // what other convolutions will read
   int lines;                      // of it to fetch at every step
   const Pixel* pixel;
-  int first = 0;           // output
-  int pixels = 0, run = 0;  // all, and of the run at hand
+  int first = 0;                  // output
+  int pixels = 0, run = 0;        // all, and of the run at hand
   const int32_t *block = nullptr, *sums = nullptr;
   size_t output = 0;
   const Block::Run *next = nullptr, *end = nullptr;

@@ -138,9 +138,9 @@ bool line_of_codes(int64_t m, const Quantizer& q, int64_t most, Line& line) {
 // to be taken from floats as large as kWhole. Its slope is that of the definition, or of floats near it; and `code` may be moved by parts of a
 // potential, for it need only be right at the potentials that there are.
 bool line_of_potentials(const Output& f, Line& code, const Quantizer& q, const std::vector<Boundary>& boundaries, int64_t most, Line& line) {
-  const double slope = std::ldexp(static_cast<double>(f.m), -f.shift), product = std::abs(slope) * static_cast<double>(most) + 1;
+  const double slope = std::ldexp(static_cast<double>(f.m), -f.shift), product = std::abs(slope) * static_cast<double>(most) + 3;
   const double b = std::abs(static_cast<double>(f.b)), largest = 1 << 22;  // of whole numbers as kWhole makes them
-  if (!(code.scale > 0) || product >= largest || b >= largest) return false;
+  if (!(code.scale > 0) || most >= int64_t{1} << 30 || product >= largest || b >= largest) return false;
   if ((product + b) * code.scale + std::abs(code.bias) + code.scale >= kMostCode) return false;
   line.bias = Direct::kWhole - static_cast<float>(f.b);
   const auto made = [&](int64_t x) {

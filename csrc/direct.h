@@ -1,4 +1,4 @@
-// From a sum to a code in one multiplication of 32 bits, where two of 64 bits, each with a rounding, define it.
+// From a sum to a code in one multiplication of 32 bits, or in floats, where two multiplications of 64 bits, each with a rounding, define it.
 #pragma once
 #include <memory>
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace bitspike {
 
-// The numbers of a Direct and their owner. Empty (`get` gives nullptr) where no multiplication does.
+// The numbers of a Direct and their owner. Empty (`get` gives nullptr) where nothing of the kind does.
 class DirectCodes {
  public:
   DirectCodes() = default;

@@ -218,16 +218,16 @@ struct FinishDirect {
 // The same by floats (see Direct), before the clip: what becomes of sums of kVectors * kLanes outputs, a vector at a time.
 template <class V, int kVectors, bool kTwice>
 struct FloatCodes {
-  typename V::F32 scale[kVectors], bias[kVectors], code_scale[kVectors], code_bias[kVectors];
+  typename V::F32 scale[kVectors], bias[kVectors], code_scale[kTwice ? kVectors : 1], code_bias[kTwice ? kVectors : 1];
 
   FloatCodes(const Direct& direct, size_t first) {
     for (int n = 0; n < kVectors; ++n, first += V::kLanes) {
       scale[n] = V::load_floats(direct.scale + first), bias[n] = V::load_floats(direct.bias + first);
-      if (kTwice) code_scale[n] = V::load_floats(direct.code_scale + first), code_bias[n] = V::load_floats(direct.code_bias + first);
+      if constexpr (kTwice) code_scale[n] = V::load_floats(direct.code_scale + first), code_bias[n] = V::load_floats(direct.code_bias + first);
     }
   }
   BITSPIKE_INLINE typename V::I32 operator()(int n, typename V::I32 sum) const {
-    if (!kTwice) return V::rounded(V::multiply_add(V::floats(sum), scale[n], bias[n]));
+    if constexpr (!kTwice) return V::rounded(V::multiply_add(V::floats(sum), scale[n], bias[n]));
     const typename V::F32 whole = V::multiply_add(V::floats(sum), scale[n], V::splat_float(Direct::kWhole));
     return V::rounded(V::multiply_add(V::sub(whole, bias[n]), code_scale[n], code_bias[n]));
   }

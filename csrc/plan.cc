@@ -387,8 +387,10 @@ std::vector<Variant> Plan::choose() {
   return variants;
 }
 
-bool Plan::sample() {
-  const unsigned call = calls_.fetch_add(1, std::memory_order_relaxed);
+bool Plan::sample(int first) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (calls_.empty()) calls_.resize(stages_.size());
+  const unsigned call = calls_[first]++;
   return call < kFirstCalls || call % kCalls == 0;
 }
 
@@ -421,7 +423,7 @@ void Plan::logits(const Group& g, float* to) const {
 void Plan::run(const uint8_t* pixels, size_t images, float* logits_to, int threads, double* seconds) {
   if (!images) return;
   const std::vector<Variant> variants = choose();
-  const bool sampled = sample();
+  const bool sampled = sample(0);
   const size_t cached = std::clamp<size_t>(kGroupBytes / std::max<size_t>(arena_bytes_, 1), 1, kMostImages);
   const int all = stages();
   size_t begun = 0;
@@ -461,7 +463,7 @@ void Plan::run_part(const uint8_t* pixels, size_t images, char* arena, int first
   const std::vector<Variant> variants = choose();
   std::unique_ptr<Workspace> w = take();
   prepare(*w, threads);
-  const Group g{pixels, images, 0, images, arena, &variants, sample()};
+  const Group g{pixels, images, 0, images, arena, &variants, sample(first)};
   run_group(g, first, last, threads, *w, seconds);
   learn(*w, g, first, last);
   give(std::move(w));

@@ -11,7 +11,6 @@
 // threads, tiles, groups or variants.
 #pragma once
 #include <array>
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -127,7 +126,7 @@ class Plan {
     std::array<bool, kVariants> able;
     bool summed;          // its one reader is a neuron that reads sums
     bool by_bits;         // its events, if that is the variant, are the bits of codes
-    float density, load;  // of its input in the calls so far: share that is not 0, mean code; negative: not known
+    float density, load;  // of its input in the calls that looked: share that is not 0, mean code; negative: not known
   };
   std::vector<Layer> layers();
   void force(int layer, int variant);  // -1: choose by density again
@@ -151,7 +150,7 @@ class Plan {
   void run_tile(const Stage&, const Group&, size_t index, size_t tiles, size_t units, Scratch&) const;
   size_t tiles(const Stage&, size_t images, int threads) const;
   void run_group(const Group&, int first, int last, int threads, Workspace&, double* seconds) const;
-  bool sample();  // whether this call looks at codes
+  bool sample(int first);  // whether this call, of stages from one on, looks at codes
   std::unique_ptr<Workspace> take();
   void give(std::unique_ptr<Workspace>);
   void prepare(Workspace&, int threads) const;  // scratch for so many threads, with nothing counted yet
@@ -173,7 +172,7 @@ class Plan {
   std::mutex mutex_;  // of everything below, and of packing
   std::vector<std::unique_ptr<Workspace>> idle_;
   std::vector<float> density_;  // by value; -1: not known
-  std::atomic<unsigned> calls_{0};
+  std::vector<unsigned> calls_;  // by the first stage that they did
   std::vector<Load> load_;      // by convolution
   bool called_ = false;         // and done, at least once
 };

@@ -232,6 +232,31 @@ def spiking(share: float, batch: int = 3, most: int = 1) -> tuple[Net, np.ndarra
 
 
 @compiled_sets
+@compiled_sets
+def test_a_plan_that_runs_in_parts_learns_the_density_of_all():
+    """More parts than first calls that count codes, one stage each."""
+    parts, size, channels = 12, 8, 64
+    rng = np.random.default_rng(0)
+    made = kernels.extension().Plan(kernels.available()[-1])
+    value = made.value("u8", "pixels", (1, channels), (size, size), 0)
+    for i in range(parts):
+        y = made.value("u8", "arena", (1, channels), (size, size), i * size * size * channels)
+        made.stage((size, size), size)
+        w, ones = rng.integers(-3, 4, (channels, 1, 1, channels)).astype(np.int8), np.full(channels, 4096, np.int32)
+        codes = [(y, np.array([1], np.int32), 3, 0, 4)]
+        made.conv(value, w, (1, 1), (0, 0), 1, np.zeros(channels, np.int16), ones, 12, 0 * ones, (0, 4), -1, -1, codes)
+        value = y
+    end = parts * size * size * channels
+    made.done(made.value("i32", "arena", (1, channels), (1, 1), end), 1.0, end + 4 * channels)
+    arena, images = np.zeros(end + 4 * channels, np.uint8), rng.integers(0, 5, (1, 1, size, size, channels)).astype(np.uint8)
+    for _ in range(64):
+        for stage in range(parts):
+            made.run_part(images, arena, stage, stage + 1, 1, np.empty(0))
+    for i, layer in enumerate(made.layers()[1:]):
+        codes = arena[i * size * size * channels : (i + 1) * size * size * channels]
+        assert layer["density"] == pytest.approx((codes != 0).mean())
+
+
 def test_the_variant_follows_the_density():
     kernels.use(kernels.available()[-1])
     for share, expected in ((0.01, {"events"}), (0.9, {"dense", "narrow", "winograd", "matrix"})):

@@ -27,8 +27,8 @@ class LayerTime:
         ops: what is done in it, in order.
         variant: how its convolution is computed ("dense", "events", ...); None if it has none.
         able: all the variants that could.
-        density: share of the convolution's input codes that are not 0, sampled where they are spikes of neurons over time;
-            None where nobody counts (pixels).
+        density: share of the convolution's input codes that are not 0, counted in the first eight calls and in every eighth
+            then; sampled where they are spikes of neurons over time, None where nobody counts (pixels).
         ms: milliseconds for all images.
         macs: multiply-accumulates of one image, whether done or skipped.
     """
