@@ -18,7 +18,7 @@ constexpr size_t kTileBytes = 512 << 10;   // what a tile reads and writes: half
 constexpr size_t kGroupBytes = 512 << 10;  // arena of a group: images are taken together while they fit
 constexpr size_t kMostImages = 64;         // in a group
 constexpr size_t kPositions = 32;          // of a flat stage that stay together
-constexpr size_t kFewPositions = 1024, kFewParts = 32;  // what a tile costs beside so few, as unpacking weights, is worth a thread's waiting
+constexpr size_t kFewPositions = 1024, kFewParts = 32;  // what a tile costs beside so few, as reading weights, is worth a thread's waiting
 constexpr float kForget = 0.25f;           // share of the newest call in the moving density
 constexpr unsigned kFirstCalls = 8, kCalls = 8;  // codes are looked at in the first calls, then in one of so many
 
