@@ -314,7 +314,7 @@ void with_finish(const Epilogue& e, size_t channels, bool fits, Body body) {
 inline bool requant_fits(const Conv& c) { return c.largest <= INT32_MAX; }
 
 // What makes of the accumulators of kLanes outputs, the first of which is `channel`, what `Finish` takes: potentials.
-template <class V, class Finish, Made kMade = Finish::kMade>
+template <class V, class Finish, Made kMade = by_floats(Finish::kMade) ? Made::rounded : Finish::kMade>
 struct Requantize {
   typename V::Factor m, wide;
   typename V::I32 b;
@@ -343,21 +343,13 @@ struct Requantize<V, Finish, Made::codes> {
 };
 
 template <class V, class Finish>
-struct RequantizeByFloats {
+struct Requantize<V, Finish, Made::rounded> {
   FloatCodes<V, 1, Finish::kMade == Made::twice> codes;
   int lo, hi;
 
-  RequantizeByFloats(const Finish& finish, size_t channel, const int32_t*, const int32_t*)
+  Requantize(const Finish& finish, size_t channel, const int32_t*, const int32_t*)
       : codes(finish.direct, channel), lo(finish.direct.lo), hi(finish.direct.hi) {}
   typename V::I32 operator()(typename V::I32 acc, const typename V::Scale&) const { return V::clip(codes(0, acc), lo, hi); }
-};
-template <class V, class Finish>
-struct Requantize<V, Finish, Made::rounded> : RequantizeByFloats<V, Finish> {
-  using RequantizeByFloats<V, Finish>::RequantizeByFloats;
-};
-template <class V, class Finish>
-struct Requantize<V, Finish, Made::twice> : RequantizeByFloats<V, Finish> {
-  using RequantizeByFloats<V, Finish>::RequantizeByFloats;
 };
 
 // Nothing.
